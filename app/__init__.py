@@ -1,0 +1,1 @@
+"""Braid's service: HTTP in, recipes through, jobs out. It introduces `merge_algos` and `storage` to each other."""

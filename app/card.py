@@ -1,0 +1,61 @@
+"""The model card of a merged adapter: what a Hub page, and a careful reader, need to know about where it came from."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+
+def model_card(report: Mapping[str, Any], base_model: str) -> str:
+    """README.md with the Hub's metadata block. report: the certificate.  Deterministic: no date, no machine."""
+    return f"---\n{_metadata(report, base_model)}---\n\n{_body(report, base_model)}"
+
+
+def _metadata(report: Mapping[str, Any], base_model: str) -> str:
+    licences = sorted({item["licence"] for item in report["inputs"] if item["licence"]})
+    fields: dict[str, Any] = {
+        "base_model": base_model,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["lora", "merge", "braid", report["recipe"]["method"]],
+    }
+    if len(licences) == 1:
+        fields["license"] = licences[0]
+    return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
+
+
+def _body(report: Mapping[str, Any], base_model: str) -> str:
+    recipe, totals = report["recipe"], report["totals"]
+    rows = "\n".join(_row(given, used) for given, used in zip(recipe["adapters"], report["inputs"], strict=True))
+    loss = (
+        "nothing: it is the exact sum" if totals["exact"] else f"{totals['relative_error']:.4g} of the norm, by cutting the rank"
+    )
+    return f"""# LoRA adapter merged with {recipe["method"]}
+
+A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["method"]}` ({report["paper"]}).
+
+| adapter | weight | source | licence | id |
+|---|---|---|---|---|
+{rows}
+
+Lost in the merge: {loss}. Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
+{totals["modules"]} modules, rank {totals["rank"]}. Worst module: `{report["worst_module"]["module"]}`, relative error \
+{report["worst_module"]["relative_error"]:.4g}. `report.json` holds every module.
+
+## Recipe `{report["recipe_digest"]}`
+
+```json
+{json.dumps(recipe, indent=2, sort_keys=True, ensure_ascii=False)}
+```
+"""
+
+
+def _row(given: Mapping[str, Any], used: Mapping[str, Any]) -> str:
+    weight = f"{given['weight']:g}" + (" (by module)" if given["weights_by_module"] else "")
+    cells = (given["name"], weight, used["source"], used["licence"] or "unknown", f"`{used['id']}`")
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

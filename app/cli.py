@@ -1,0 +1,223 @@
+"""braid: the command line. Commands parse and delegate; heavy imports wait until a command needs them."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from app.settings import Settings
+
+app = typer.Typer(
+    name="braid",
+    help="Braid merges LoRA adapters: exact or refused, certified, without the base model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(name="store", help="Look after the store.", no_args_is_help=True)
+app.add_typer(store_app)
+
+out = Console()
+err = Console(stderr=True)
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where everything is kept [default: BRAID_DATA_DIR or ~/.braid].")
+]
+Url = Annotated[str | None, typer.Option("--url", help="Use this server instead of working in this process.")]
+HubToken = Annotated[
+    str | None, typer.Option("--hub-token", envvar="HF_TOKEN", help="Your Hub token, for private and gated adapters.")
+]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: BRAID_HOST or 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one [default: BRAID_PORT or 8000].")] = None,
+    data_dir: DataDir = None,
+    worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Also keep a worker running.")] = True,
+) -> None:
+    """Run the API, and a worker beside it.
+
+    Example: `braid serve --port 8000 --data-dir ./data`
+    """
+    from app.server import run_server
+
+    settings = _settings(host=host, port=port, data_dir=data_dir)
+    with _problems_told():
+        run_server(settings, worker=worker, say=out.print)
+
+
+@app.command()
+def worker(
+    data_dir: DataDir = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True, help="End when standard input ends.")] = False,
+) -> None:
+    """Run a worker: take jobs from the queue, one per device.
+
+    Example: `BRAID_WORKER_ID=gpu-1 BRAID_DEVICES=cuda:0,cuda:1 braid worker --data-dir ./data`
+    """
+    from app.engine.worker import run_worker
+
+    settings = _settings(data_dir=data_dir)
+    _log(settings)
+    with _problems_told():
+        run_worker(settings, supervised=supervised)
+
+
+@app.command()
+def merge(
+    sources: Annotated[list[str] | None, typer.Argument(help="hub:org/name@rev, sha256:…, name:ns/name, or a directory.")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One per source [default: 1/n each].")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="See GET /methods [default: task_arithmetic].")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value, a parameter of the method.")
+    ] = None,
+    rank: Annotated[str | None, typer.Option("--rank", "-r", help="32, energy:0.99, or energy:0.99:64 [default: exact].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
+    profile: Annotated[str | None, typer.Option(help="portable or compact.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of methods that draw at random.")] = None,
+    name: Annotated[str | None, typer.Option(help="Also keep the result as name:<ns>/<name>.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-f", help="YAML or JSON body of POST /merge; flags override it.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the merged adapter.")] = Path("merged"),
+    url: Url = None,
+    data_dir: DataDir = None,
+    hub_token: HubToken = None,
+) -> None:
+    """Merge adapters into one, here or on a server.
+
+    Examples:
+
+    `braid merge ./math ./code -w 0.7 -w 0.3 --rank 32 -o merged`
+
+    `braid merge hub:org/math-lora@main hub:org/code-lora@main --url http://127.0.0.1:8000`
+
+    `braid merge -f recipe.yaml --rank energy:0.99`
+    """
+    from app import commands
+
+    with _problems_told():
+        flags = {"method": method, "dtype": dtype, "profile": profile, "seed": seed, "name": name}
+        request = commands.build_request(recipe, sources or [], weight or [], parameter or [], rank, flags)
+        if url is None:
+            settings = _settings(data_dir=data_dir)
+            report = commands.merge_here(settings, request, output, out, token=hub_token)
+        else:
+            report = commands.merge_there(url, request, output, out, token=hub_token)
+        commands.show(report, output, out)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(help="hub:org/name[/subfolder][@revision], or a directory.")],
+    name: Annotated[str | None, typer.Option(help="Also keep it as name:<ns>/<name>.")] = None,
+    url: Url = None,
+    data_dir: DataDir = None,
+    hub_token: HubToken = None,
+) -> None:
+    """Bring one adapter into the store and print its id.
+
+    Example: `braid import hub:org/math-lora@main --name me/math`
+    """
+    from app import commands
+
+    with _problems_told():
+        if url is None:
+            print(commands.import_here(_settings(data_dir=data_dir), source, name, token=hub_token))
+        else:
+            print(commands.import_there(url, source, name, token=hub_token))
+
+
+@app.command()
+def demo(
+    hub: Annotated[
+        list[str] | None, typer.Option("--hub", help="Adapters from the Hub, org/name[@revision], instead of ours.")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="More Hub adapters after --hub.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the merged adapter; 0 merges exactly.")] = 16,
+    weight: Annotated[float, typer.Option(help="Weight of every adapter.")] = 0.3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the merged adapter.")] = Path("demo-merged"),
+    data_dir: DataDir = None,
+) -> None:
+    """Start the service, import real adapters, merge them and show the certificate.
+
+    Examples: `braid demo`, `braid demo --hub org/a org/b --rank 32`
+    """
+    from app.demo import run_demo
+
+    with _problems_told():
+        references = [*(hub or []), *(more or [])]
+        run_demo(
+            _settings(data_dir=data_dir), references, rank=rank or None, weight=weight, output=output, keep=data_dir, console=out
+        )
+
+
+@store_app.command()
+def gc(
+    grace: Annotated[float, typer.Option(help="Seconds a blob must be old before it is removed.")] = 3600.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Remove blobs that nothing refers to.
+
+    Example: `braid store gc --grace 3600`
+    """
+    from app import commands
+
+    with _problems_told():
+        print(commands.collect_garbage(_settings(data_dir=data_dir), grace))
+
+
+@store_app.command()
+def verify(data_dir: DataDir = None) -> None:
+    """Read every blob and compare it with its digest; exit 1 if one is damaged.
+
+    Example: `braid store verify`
+    """
+    from app import commands
+
+    with _problems_told():
+        damaged = commands.verify_store(_settings(data_dir=data_dir), out)
+        raise typer.Exit(1 if damaged else 0)
+
+
+def _settings(**given: Any) -> Settings:
+    """Settings from the environment, overridden by the flags that were given."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False):
+            err.print(f"BRAID_{'.'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}", style="red", markup=False)
+        raise typer.Exit(2) from None
+
+
+def _log(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+@contextmanager
+def _problems_told() -> Iterator[None]:
+    """A refusal is a sentence and exit code 2, never a traceback; a defect of ours keeps its traceback."""
+    from app.client import Refused
+    from app.errors import STATUS
+
+    refusals: tuple[type[Exception], ...] = (Refused, *STATUS)
+    try:
+        yield
+    except refusals as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

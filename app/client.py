@@ -1,0 +1,78 @@
+"""The API as the command line uses it: post, follow, download."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import httpx2
+
+_CONNECT_TIMEOUT_S = 10.0
+_IMPORT_TIMEOUT_S = 3600.0
+
+
+@dataclass(eq=False)
+class Refused(Exception):
+    """The server answered with a problem."""
+
+    problem: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.problem.get("detail", self.problem))
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One server. Raises Refused for every answer that is a problem."""
+
+    http: httpx2.Client
+
+    @classmethod
+    @contextmanager
+    def connect(cls, url: str, *, token: str | None = None) -> Iterator[Self]:
+        headers = {"x-hub-token": token} if token else {}
+        timeout = httpx2.Timeout(_IMPORT_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        try:
+            with httpx2.Client(base_url=url, headers=headers, timeout=timeout) as http:
+                yield cls(http)
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            raise Refused({"detail": f"{url} cannot be used as a Braid server: {error}"}) from error
+
+    def import_hub(self, source: str, name: str | None = None) -> dict[str, Any]:
+        return self._json("POST", "/adapters", json={"source": source, "name": name})
+
+    def upload(self, directory: Path, name: str | None = None) -> dict[str, Any]:
+        """Upload a PEFT adapter directory."""
+        parts = ("adapter_config.json", "adapter_model.safetensors")
+        with (directory / parts[0]).open("rb") as config, (directory / parts[1]).open("rb") as weights:
+            files = {parts[0]: (parts[0], config), parts[1]: (parts[1], weights)}
+            return self._json("POST", "/adapters", files=files, data={"name": name} if name else {})
+
+    def merge(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return self._json("POST", "/merge", json=dict(request))
+
+    def job(self, job: str) -> dict[str, Any]:
+        return self._json("GET", f"/jobs/{job}")
+
+    def follow(self, job: str) -> Iterator[dict[str, Any]]:
+        """The job's events as they come, the final one last."""
+        with self.http.stream("GET", f"/jobs/{job}/events") as response:
+            for line in response.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line.removeprefix("data:"))
+
+    def download(self, link: str, target: Path) -> None:
+        with self.http.stream("GET", link) as response, target.open("wb") as file:
+            if response.status_code != 200:
+                raise Refused({"detail": f"{link} answered {response.status_code}"})
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+
+    def _json(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        response = self.http.request(method, path, **content)
+        answer: dict[str, Any] = response.json()
+        if response.status_code >= 400:
+            raise Refused(answer)
+        return answer

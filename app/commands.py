@@ -1,0 +1,226 @@
+"""What the commands of the command line do, in this process or on a server."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from app import ingest
+from app.adapters import read_manifest, read_shard
+from app.client import Client, Refused
+from app.console import certificate_table, how_to_load, progress_bar
+from app.engine.child import workbench
+from app.engine.devices import available
+from app.engine.direct import DirectExecutor
+from app.engine.workflow import Run, run_all
+from app.errors import InvalidField, UnknownAdapter
+from app.resolve import resolve
+from app.schemas import MergeRequest
+from app.services import Services
+from app.settings import Settings
+from app.views import certificate
+from storage.digest import Digest
+from storage.gc import collect
+from storage.sources.hub import HubRef
+from storage.verify import verify
+
+_CHUNK_BYTES = 1024 * 1024
+
+
+def build_request(
+    recipe: Path | None,
+    sources: Sequence[str],
+    weights: Sequence[float],
+    parameters: Sequence[str],
+    rank: str | None,
+    flags: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The body of POST /merge from a recipe file and flags, the flags winning. Raises InvalidField."""
+    request: dict[str, Any] = _read_recipe(recipe) if recipe else {}
+    request |= {name: value for name, value in flags.items() if value is not None}
+    if sources:
+        request["adapters"] = [{"source": source} for source in sources]
+    if weights:
+        if len(weights) != len(request.get("adapters", [])):
+            raise InvalidField("--weight", f"{len(weights)} weights for {len(request.get('adapters', []))} adapters")
+        request["adapters"] = [{**item, "weight": w} for item, w in zip(request["adapters"], weights, strict=True)]
+    if parameters:
+        request["parameters"] = request.get("parameters", {}) | dict(_parameter(text) for text in parameters)
+    if rank is not None:
+        request["rank"] = _rank(rank)
+    if not request.get("adapters"):
+        raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
+    return request
+
+
+def merge_here(
+    settings: Settings, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None
+) -> dict[str, Any]:
+    """Merge in this process and save the result; the certificate."""
+    services = Services.open(settings)
+    stored = [{**item, "source": _here(services, item["source"])} for item in request["adapters"]]
+    recipe = resolve(parse_request({**request, "adapters": stored}), services, token=token)
+    if recipe_name := request.get("name"):
+        services.index.request_name(recipe_name, recipe.digest)
+    known = services.index.result(recipe.digest)
+    if known is not None and ingest.complete(services, known.target):
+        adapter = known.target
+    else:
+        executor = DirectExecutor(workbench(services, available(settings.devices)[0]))
+        with progress_bar(console) as report:
+            adapter = run_all(Run(services, recipe, executor, report, stop=lambda: False))
+    _save(services, adapter, output)
+    return certificate(services, adapter) or {}
+
+
+def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> dict[str, Any]:
+    """Merge on a server, follow the job, download the result; the certificate. Raises Refused if the job fails."""
+    with Client.connect(url, token=token) as client:
+        stored = [{**item, "source": _there(client, item["source"])} for item in request["adapters"]]
+        job = follow(client, client.merge({**request, "adapters": stored}), console)
+        save_result(client, job, output)
+        found: dict[str, Any] = job["certificate"]
+        return found
+
+
+def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Show a job's progress until it ends; the job with its certificate. Raises Refused unless it succeeded."""
+    with progress_bar(console) as report:
+        for event in client.follow(job["id"]):
+            report(event["progress"]["stage"], event["progress"]["done"], event["progress"]["total"])
+    ended = client.job(job["id"])
+    if ended["state"] != "succeeded":
+        raise Refused(ended["error"] or {"detail": f"the job was {ended['state']}"})
+    return ended
+
+
+def save_result(client: Client, job: Mapping[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for part, link in job["result"]["links"].items():
+        if part != "self":
+            client.download(link, output / Path(part).name)
+
+
+def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
+    """The certificate as a table, and how to load what was saved."""
+    console.print(certificate_table(report))
+    config = json.loads((output / "adapter_config.json").read_text())
+    console.print(f"\nSaved in [bold]{output}[/bold]. Load it with:\n")
+    console.print(how_to_load(output, config["base_model_name_or_path"]), markup=False, highlight=False, soft_wrap=True)
+
+
+def import_here(settings: Settings, source: str, name: str | None, *, token: str | None) -> str:
+    services = Services.open(settings)
+    if Path(source).is_dir():
+        adapter = Digest.parse(_here(services, source))
+    elif source.startswith("hub:"):
+        adapter = ingest.obtain(services, HubRef.parse(source.removeprefix("hub:")), token=token).id
+    else:
+        raise UnknownAdapter(source)
+    if name is not None:
+        services.index.set_name(name, adapter)
+    return str(adapter)
+
+
+def import_there(url: str, source: str, name: str | None, *, token: str | None) -> str:
+    with Client.connect(url, token=token) as client:
+        added = client.upload(Path(source), name) if Path(source).is_dir() else client.import_hub(source, name)
+    return str(added["id"])
+
+
+def collect_garbage(settings: Settings, grace_s: float) -> str:
+    """Everything an adapter or a job under way refers to is live; the rest goes, once it is older than the grace."""
+    services = Services.open(settings)
+    collected = collect(services.blobs, live=set(_live(services)), grace_s=grace_s)
+    return f"removed {len(collected.deleted)} blobs ({collected.freed_bytes} bytes), kept {len(collected.kept)}"
+
+
+def verify_store(settings: Settings, console: Console) -> int:
+    """Names every damaged blob; how many there are."""
+    damaged = 0
+    for blob in verify(Services.open(settings).blobs):
+        if not blob.ok:
+            damaged += 1
+            console.print(f"damaged: {blob.digest}", style="red")
+    console.print("all blobs are what their names say" if not damaged else f"{damaged} damaged blobs")
+    return damaged
+
+
+def parse_request(body: Mapping[str, Any]) -> MergeRequest:
+    """Raises InvalidField naming the first wrong field."""
+    try:
+        return MergeRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidField(".".join(map(str, first["loc"])), first["msg"]) from None
+
+
+def _live(services: Services) -> Iterator[Digest]:
+    for adapter in services.index.adapters():
+        yield adapter
+        if services.blobs.stat(adapter) is not None:
+            yield from (part.digest for part in read_manifest(services.blobs, adapter).parts.values())
+    for shard in services.jobs.live_shards():
+        yield shard.digest
+        if services.blobs.stat(shard.digest) is not None:
+            yield read_shard(services.blobs, shard).tensors.digest
+
+
+def _here(services: Services, source: str) -> str:
+    """A directory becomes the id of the adapter in it; any other source stays."""
+    directory = Path(source)
+    if not directory.is_dir():
+        return source
+    parts = ("adapter_config.json", "adapter_model.safetensors")
+    for part in parts:
+        if not (directory / part).is_file():
+            raise InvalidField("sources", f"{directory} has no {part}")
+    return str(ingest.import_upload(services, *(_chunks(directory / part) for part in parts)).id)
+
+
+def _there(client: Client, source: str) -> str:
+    return str(client.upload(Path(source))["id"]) if Path(source).is_dir() else source
+
+
+def _chunks(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _save(services: Services, adapter: Digest, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, part in read_manifest(services.blobs, adapter).parts.items():
+        shutil.copyfile(services.blobs.path(part.digest), output / name)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())  # YAML holds JSON
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidField("--recipe", f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidField("--recipe", f"{path} is not an object")
+    return document
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise InvalidField("--parameter", f"{text!r} is not name=value")
+    return name, yaml.safe_load(value)
+
+
+def _rank(text: str) -> int | dict[str, float]:
+    kind, *numbers = text.split(":")
+    try:
+        if kind == "energy":
+            return {"energy": float(numbers[0])} | ({"max": int(numbers[1])} if len(numbers) > 1 else {})
+        return int(text)
+    except (ValueError, IndexError) as error:
+        raise InvalidField("--rank", f"{text!r} is neither a number nor energy:0.99 nor energy:0.99:64") from error

@@ -1,0 +1,65 @@
+"""What people see in a terminal: progress, the certificate as a table, and how to go on."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_MOST_ROWS = 40
+_STAGES = {
+    "queued": "waiting for a worker",
+    "fetch": "fetching adapters",
+    "merge": "merging modules",
+    "assemble": "writing the adapter",
+}
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives `report(stage, done, total)`, which moves the bar."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=_STAGES.get(stage, stage), completed=done, total=total or None)
+
+        yield report
+
+
+def certificate_table(report: Mapping[str, Any]) -> Table:
+    """The certificate, worst modules first where there are too many to show."""
+    modules = list(report["modules"])
+    shown = modules if len(modules) <= _MOST_ROWS else sorted(modules, key=lambda m: -m["relative_error"])[:_MOST_ROWS]
+    left_out = len(modules) - len(shown)
+    table = Table(
+        title="Certificate: what the merge lost",
+        caption="kept: of the energy; error: relative, from cutting the rank; rounding: relative, from the stored type"
+        + (f"; {left_out} better modules not shown" if left_out else ""),
+    )
+    table.add_column("module", overflow="fold", min_width=24)
+    for heading in ("rank", "kept", "error", "rounding"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for module in shown:
+        table.add_row(module["module"], f"{module['rank_in']} → {module['rank_out']}", *_losses(module))
+    totals = report["totals"]
+    table.add_section()
+    table.add_row(f"all {totals['modules']} modules", str(totals["rank"]), *_losses(totals), style="bold")
+    return table
+
+
+def how_to_load(directory: Path, base_model: str) -> str:
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModel\n\n"
+        f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base_model}"), "{directory}")'
+    )
+
+
+def _losses(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    error = "exact" if row["exact"] else f"{row['relative_error']:.4f}"
+    return f"{row['retained_energy']:.2%}", error, f"{row['rounding_error']:.1e}"

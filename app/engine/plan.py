@@ -1,0 +1,68 @@
+"""From a recipe and the headers of its inputs to what must be computed: a pure function, so it can refuse before any work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from app.recipe import Recipe, module_weights
+from merge_algos.adapter import agree, common_base
+from merge_algos.errors import InvalidRank
+from merge_algos.formats.peft import AdapterSpec
+from merge_algos.merge import build, check_count
+
+_MAX_MODULES_PER_SHARD = 16
+_COMPUTE_BYTES = 4  # float32 at the widest that is shipped
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """modules: name -> (d_out, d_in), in natural order.  shards: the same names, cut into checkpoints."""
+
+    base_model: str
+    modules: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, tuple[float, ...]]
+    shards: tuple[tuple[str, ...], ...]
+
+
+def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> Plan:
+    """Raises what makes the recipe impossible for these adapters.
+
+    BaseModelMismatch, ShapeMismatch, BadPattern, InvalidRank, TooFewAdapters, UnknownMethod, InvalidParams.
+    """
+    check_count(build(recipe.method, recipe.parameters), len(specs))
+    base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
+    modules = agree(spec.shapes for spec in specs)
+    ranks = _ranks(specs, modules)
+    _check_rank(recipe, ranks, modules)
+    sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
+    return Plan(base_model, modules, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
+
+
+def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Module -> sum of the ranks of the adapters present: the most that any method can produce."""
+    ranks = dict.fromkeys(modules, 0)
+    for spec in specs:
+        for module in spec.modules:
+            ranks[module.name] += module.r
+    return ranks
+
+
+def _check_rank(recipe: Recipe, ranks: Mapping[str, int], modules: Mapping[str, tuple[int, int]]) -> None:
+    possible = max(min(ranks[name], *shape) for name, shape in modules.items())
+    if recipe.rank.energy is None and recipe.rank.max is not None and recipe.rank.max > possible:
+        raise InvalidRank(recipe.rank.max, f"these adapters together have rank {possible} at most; leave it out to merge exactly")
+
+
+def _shipped_bytes(recipe: Recipe, rank: int, shape: tuple[int, int]) -> int:
+    return min(rank, *shape, recipe.rank.max or rank) * sum(shape) * _COMPUTE_BYTES
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> tuple[tuple[str, ...], ...]:
+    shards: list[list[str]] = []
+    room = 0
+    for name, size_bytes in sizes.items():
+        if not shards or size_bytes > room or len(shards[-1]) == _MAX_MODULES_PER_SHARD:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size_bytes
+    return tuple(tuple(shard) for shard in shards)

@@ -1,0 +1,116 @@
+"""A merge as a durable workflow: fetch, plan, merge shard by shard, assemble, publish.
+
+DBOS remembers which steps are done, the store remembers which shards are. Every step may run twice, so each one
+publishes by digest. A problem is an ordinary outcome: it is recorded as the job's, and the workflow itself succeeds.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app import adapters, ingest
+from app.adapters import OpenAdapter
+from app.engine.executor import Executor
+from app.engine.plan import Plan, plan
+from app.engine.task import AssembleTask, FetchTask, ShardTask
+from app.recipe import Recipe
+from app.services import Services
+from storage.digest import Descriptor, Digest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One attempt at one job. `report(stage, done, total)` is told about progress; `stop()` says whether to give up."""
+
+    services: Services
+    recipe: Recipe
+    executor: Executor
+    report: Callable[[str, int, int], None]
+    stop: Callable[[], bool]
+
+
+def fetch(run: Run) -> tuple[Digest, ...]:
+    """The manifests of the recipe's inputs, in its order, imported if they are not here yet."""
+    sources = [item.source for item in run.recipe.adapters]
+    found: dict[str, Digest] = {}
+    run.report("fetch", 0, len(sources))
+    for task, descriptor in run.executor.run([FetchTask(source) for source in dict.fromkeys(sources)], stop=run.stop):
+        found[task.source] = descriptor.digest
+        run.report("fetch", len(found), len(sources))
+    return tuple(found[source] for source in sources)
+
+
+def merge(run: Run, inputs: Sequence[Digest]) -> tuple[Descriptor, ...]:
+    """All shards in order; those that an earlier attempt has finished, and whose blobs are still whole, are not run again."""
+    planned = plan_for(run.services, run.recipe, inputs)
+    finished = _finished(run)
+    done = sum(len(planned.shards[number]) for number in finished)
+    run.report("merge", done, len(planned.modules))
+    todo = [_shard_task(run.recipe, inputs, planned, n) for n in range(len(planned.shards)) if n not in finished]
+    for task, shard in run.executor.run(todo, stop=run.stop):
+        run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
+        finished[task.number] = shard
+        done += len(task.modules)
+        run.report("merge", done, len(planned.modules))
+    return tuple(finished[number] for number in range(len(planned.shards)))
+
+
+def assemble(run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor]) -> Digest:
+    """The manifest of the merged adapter."""
+    planned = plan_for(run.services, run.recipe, inputs)
+    run.report("assemble", 0, 1)
+    task = AssembleTask(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
+    ((_, descriptor),) = run.executor.run([task], stop=run.stop)
+    run.report("assemble", 1, 1)
+    return descriptor.digest
+
+
+def publish(services: Services, recipe: Recipe, adapter: Digest) -> None:
+    """Make the result known under its recipe; the shards are no longer needed."""
+    opened = OpenAdapter.open(services.blobs, adapter)
+    record = ingest.describe_merged(services, opened.manifest, adapter, opened.spec)
+    services.index.publish(recipe.digest, record, opened.manifest.inputs)
+    services.jobs.drop_shards(recipe.digest)
+
+
+def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:
+    """The plan for adapters that are in the store, read from their headers. Raises what makes the merge impossible."""
+    specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
+    return plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
+
+
+def run_all(run: Run) -> Digest:
+    """The whole merge in this process, without a job database: what the command line does when there is no server."""
+    inputs = fetch(run)
+    adapter = assemble(run, inputs, merge(run, inputs))
+    publish(run.services, run.recipe, adapter)
+    return adapter
+
+
+def _finished(run: Run) -> dict[int, Descriptor]:
+    known = run.services.jobs.shards(run.recipe.digest)
+    return {number: shard for number, shard in known.items() if _is_whole(run.services, shard)}
+
+
+def _is_whole(services: Services, shard: Descriptor) -> bool:
+    if services.blobs.stat(shard.digest) is None:
+        return False
+    tensors = adapters.read_shard(services.blobs, shard).tensors
+    return services.blobs.stat(tensors.digest) == tensors.size_bytes
+
+
+def _shard_task(recipe: Recipe, inputs: Sequence[Digest], planned: Plan, number: int) -> ShardTask:
+    modules = {name: planned.modules[name] for name in planned.shards[number]}
+    weights = {name: planned.weights[name] for name in modules}
+    return ShardTask(recipe.to_json(), tuple(inputs), modules, weights, number)
+
+
+def to_json(shards: Sequence[Descriptor]) -> list[dict[str, Any]]:
+    return [shard.to_json() for shard in shards]
+
+
+def from_json(shards: Sequence[Mapping[str, Any]]) -> tuple[Descriptor, ...]:
+    return tuple(Descriptor.from_json(shard) for shard in shards)

@@ -1,0 +1,166 @@
+"""The one table from exceptions to RFC 9457 problems. Routes, the worker and the command line all speak through it."""
+
+import dataclasses
+import errno
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge_algos import errors as merging
+from storage import errors as storing
+
+
+class RequestError(Exception):
+    """Root of what only the service can refuse."""
+
+
+@dataclass(eq=False)
+class UnknownAdapter(RequestError):
+    source: str
+
+    def __str__(self) -> str:
+        return f"no adapter {self.source[:200]!r} is in the store"
+
+
+@dataclass(eq=False)
+class UnknownJob(RequestError):
+    job: str
+
+    def __str__(self) -> str:
+        return f"no job {self.job[:200]!r}"
+
+
+@dataclass(eq=False)
+class UnknownPart(RequestError):
+    part: str
+
+    def __str__(self) -> str:
+        return f"this adapter has no {self.part[:100]}"
+
+
+@dataclass(eq=False)
+class InvalidField(RequestError):
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+@dataclass(eq=False)
+class BadUpload(RequestError):
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the upload cannot be read: {self.reason}"
+
+
+@dataclass(eq=False)
+class UnsupportedMediaType(RequestError):
+    media_type: str
+
+    def __str__(self) -> str:
+        return f"{self.media_type[:100]!r} is not accepted here; send application/json or multipart/form-data"
+
+
+@dataclass(eq=False)
+class NotReady(RequestError):
+    part: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.part} is not ready: {self.reason}"
+
+
+@dataclass(eq=False)
+class WorkerLost(RequestError):
+    deaths: int
+
+    def __str__(self) -> str:
+        return f"the process of this job died {self.deaths} times in a row, most likely for lack of memory; ask again to retry"
+
+
+@dataclass(eq=False)
+class WorkerBusy(RequestError):
+    worker_id: str
+
+    def __str__(self) -> str:
+        return f"a worker named {self.worker_id!r} already runs on this data directory; give this one another BRAID_WORKER_ID"
+
+
+STATUS: Mapping[type[Exception], int] = {
+    UnknownAdapter: 404,
+    UnknownJob: 404,
+    UnknownPart: 404,
+    InvalidField: 422,
+    BadUpload: 400,
+    UnsupportedMediaType: 415,
+    NotReady: 503,
+    WorkerLost: 500,
+    WorkerBusy: 409,
+    merging.UnknownMethod: 422,
+    merging.InvalidParams: 422,
+    merging.InvalidRank: 422,
+    merging.InvalidWeights: 422,
+    merging.TooFewAdapters: 422,
+    merging.BadPattern: 422,
+    merging.BaseModelMismatch: 409,
+    merging.ShapeMismatch: 422,
+    merging.NonFiniteTensor: 422,
+    merging.NonFiniteResult: 422,
+    merging.UnsupportedAdapter: 422,
+    storing.BadDigest: 422,
+    storing.BlobNotFound: 404,
+    storing.DigestMismatch: 502,
+    storing.BlobTooLarge: 413,
+    storing.StoreFull: 507,
+    storing.InvalidTensorFile: 422,
+    storing.BadSource: 422,
+    storing.RepoNotFound: 404,
+    storing.RevisionNotFound: 404,
+    storing.GatedRepo: 403,
+    storing.TokenRefused: 401,
+    storing.PickleOnly: 422,
+    storing.NotAnAdapter: 422,
+    storing.HubUnavailable: 502,
+}
+
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def problem(error: Exception) -> dict[str, Any]:
+    """RFC 9457 members for any exception; the error's own fields become extension members.
+
+    An exception outside the table is a defect of ours: it says so and tells nothing else.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return problem(storing.StoreFull(error.strerror or "the disk is full"))
+    status = STATUS.get(type(error))
+    if status is None:
+        return make_problem(
+            500, "internal-error", f"an unexpected {type(error).__name__}; the log of the service has the details"
+        )
+    return make_problem(status, slug(type(error)), str(error), **_fields(error))
+
+
+def make_problem(status: int, kind: str, detail: str, **members: Any) -> dict[str, Any]:
+    title = kind.replace("-", " ").capitalize()
+    return {**members, "type": f"urn:braid:problem:{kind}", "title": title, "status": status, "detail": detail}
+
+
+def slug(error: type[Exception]) -> str:
+    """`ShapeMismatch` -> `shape-mismatch`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", error.__name__).lower()
+
+
+def _fields(error: Exception) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(error):
+        return {}
+    return {f.name: _plain(getattr(error, f.name)) for f in dataclasses.fields(error)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float | str | None) else str(value)

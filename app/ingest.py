@@ -1,0 +1,119 @@
+"""Adapters in: from the Hub or an upload to a checked, recorded manifest; and who may have what came from a private place."""
+
+from collections.abc import Iterable
+
+from app.adapters import check
+from app.services import Services
+from merge_algos.formats.peft import AdapterSpec
+from storage.digest import Descriptor, Digest
+from storage.index import AdapterRecord, now
+from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, Source
+from storage.sources.hub import HubRef, HubSnapshot
+
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+def pinned(services: Services, ref: HubRef, *, token: str | None) -> HubSnapshot | HubRef:
+    """The reference at a commit, after the Hub has confirmed that this caller may read it.
+
+    A public adapter already imported at that very commit is answered from the index, so it works while the Hub is down.
+    """
+    known = services.index.find_source(str(ref))
+    if known is not None and not known.restricted:
+        return ref
+    return services.hub.resolve(ref, token=token)
+
+
+def obtain(services: Services, ref: HubRef, *, token: str | None) -> AdapterRecord:
+    """The adapter a reference names now, which this caller may read; fetched if it is not here yet."""
+    found = pinned(services, ref, token=token)
+    if isinstance(found, HubSnapshot):
+        return import_hub(services, found, token=token)
+    return held(services, str(found)) or import_hub(services, services.hub.resolve(found, token=token), token=token)
+
+
+def held(services: Services, source: str) -> AdapterRecord | None:
+    """The adapter imported from this pinned source, if all of it is still in the store."""
+    known = services.index.find_source(source)
+    return known if known is not None and complete(services, known.id) else None
+
+
+def import_hub(services: Services, snapshot: HubSnapshot, *, token: str | None = None) -> AdapterRecord:
+    """Fetch, check and record one adapter; an import that was done before is answered from the index.
+
+    Raises the Hub's errors, and whatever `adapters.check` finds in the files.
+    """
+    known = held(services, str(snapshot.ref))
+    if known is not None:
+        return known
+    limit_bytes = services.settings.max_upload_bytes
+    fetch = services.hub.fetch
+    config = fetch(snapshot, snapshot.config, services.blobs, media_type=MEDIA_JSON, token=token, limit_bytes=_MAX_CONFIG_BYTES)
+    weights = fetch(snapshot, snapshot.weights, services.blobs, media_type=MEDIA_TENSORS, token=token, limit_bytes=limit_bytes)
+    source = Source("hub", str(snapshot.ref))
+    restricted = (str(snapshot.ref),) if snapshot.restricted else ()
+    return _record(services, config, weights, source, licence=snapshot.licence, restricted=restricted)
+
+
+def import_upload(services: Services, config: Iterable[bytes], weights: Iterable[bytes]) -> AdapterRecord:
+    """Store, check and record an uploaded adapter. Raises BlobTooLarge, StoreFull, and what `adapters.check` finds."""
+    stored_config = services.blobs.put(config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES)
+    limit_bytes = services.settings.max_upload_bytes
+    stored_weights = services.blobs.put(weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
+    return _record(services, stored_config, stored_weights, Source("upload"))
+
+
+def check_access(services: Services, adapter: AdapterRecord, *, token: str | None) -> None:
+    """Ask the Hub again whether this caller may read every private or gated source the adapter was made from.
+
+    Raises the Hub's errors. The caller's token is used if there is one, else the operator's: what a fresh import would use.
+    """
+    for source in adapter.restricted:
+        services.hub.check_access(HubRef.parse(source.removeprefix("hub:")), token=token)
+
+
+def complete(services: Services, adapter: Digest) -> bool:
+    """Whether the manifest and all its parts are in the store: a cache hit is verified, not assumed."""
+    if services.blobs.stat(adapter) is None:
+        return False
+    with services.blobs.open(adapter) as stream:
+        manifest = AdapterManifest.from_bytes(stream.read())
+    return all(services.blobs.stat(part.digest) == part.size_bytes for part in manifest.parts.values())
+
+
+def describe_merged(services: Services, manifest: AdapterManifest, digest: Digest, spec: AdapterSpec) -> AdapterRecord:
+    """The index row of a merge result: as restricted as all its inputs together."""
+    inputs = [services.index.get(parent) for parent in manifest.inputs]
+    restricted = dict.fromkeys(source for record in inputs if record for source in record.restricted)
+    return _row(manifest, digest, spec, tuple(restricted))
+
+
+def _record(
+    services: Services,
+    config: Descriptor,
+    weights: Descriptor,
+    source: Source,
+    *,
+    licence: str | None = None,
+    restricted: tuple[str, ...] = (),
+) -> AdapterRecord:
+    spec = check(services.blobs, config, weights)
+    manifest = AdapterManifest(spec.base_model, config, weights, source, licence)
+    stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
+    record = _row(manifest, stored.digest, spec, restricted)
+    services.index.add(record)
+    return record
+
+
+def _row(manifest: AdapterManifest, digest: Digest, spec: AdapterSpec, restricted: tuple[str, ...]) -> AdapterRecord:
+    return AdapterRecord(
+        id=digest,
+        base_model=spec.base_model,
+        modules=len(spec.modules),
+        rank=spec.rank,
+        size_bytes=manifest.weights.size_bytes,
+        source=manifest.source,
+        licence=manifest.licence,
+        restricted=restricted,
+        created_at=now(),
+    )

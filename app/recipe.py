@@ -1,0 +1,89 @@
+"""The recipe: everything that decides a merge's bytes, with every default written out and every source pinned.
+
+Its canonical JSON has one digest, and that digest is the job's id: the same recipe is the same job.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from merge_algos.errors import BadPattern
+from merge_algos.patterns import matching
+from merge_algos.rank import RankRule
+from storage.digest import Digest
+from storage.manifest import canonical_json
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Profile = Literal["portable", "compact"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeInput:
+    """One adapter of a recipe. source: `hub:org/name@<commit>` or `sha256:<manifest>`.
+
+    weights_by_module: (pattern, weight) pairs that replace `weight` in the modules the pattern is found in.
+    """
+
+    source: str
+    name: str
+    weight: float
+    weights_by_module: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe."""
+
+    method: str
+    method_version: int
+    parameters: Mapping[str, Any]
+    rank: RankRule
+    dtype: Dtype
+    seed: int
+    profile: Profile
+    allow_base_mismatch: bool
+    adapters: tuple[RecipeInput, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": 1, **asdict(self), "adapters": [_input_json(item) for item in self.adapters]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        fields = {name: value for name, value in data.items() if name != "schema"}
+        inputs = tuple(_input(item) for item in data["adapters"])
+        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs})
+
+    @property
+    def digest(self) -> Digest:
+        return Digest.of(canonical_json(self.to_json()))
+
+
+def module_weights(inputs: Sequence[RecipeInput], modules: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Module -> one weight per adapter.
+
+    Raises BadPattern for a pattern that matches no module (a typo would otherwise pass silently), and for two patterns
+    that give one module different weights (JSON objects have no order that could decide).
+    """
+    columns = [_column(item, modules) for item in inputs]
+    return {module: tuple(column[module] for column in columns) for module in modules}
+
+
+def _column(item: RecipeInput, modules: Sequence[str]) -> dict[str, float]:
+    chosen: dict[str, float] = {}
+    for pattern, weight in item.weights_by_module:
+        matched = matching(pattern, modules)
+        if not matched:
+            raise BadPattern(pattern, f"matches no module of this merge (adapter {item.name})")
+        for module in matched:
+            if chosen.setdefault(module, weight) != weight:
+                raise BadPattern(pattern, f"gives {module} the weight {weight}, another pattern gives it {chosen[module]}")
+    return {module: chosen.get(module, item.weight) for module in modules}
+
+
+def _input_json(item: RecipeInput) -> dict[str, Any]:
+    return {**asdict(item), "weights_by_module": [list(pair) for pair in item.weights_by_module]}
+
+
+def _input(data: Mapping[str, Any]) -> RecipeInput:
+    pairs = tuple((str(pattern), float(weight)) for pattern, weight in data["weights_by_module"])
+    return RecipeInput(data["source"], data["name"], float(data["weight"]), pairs)

@@ -1,0 +1,55 @@
+"""The certificate of a merge: what was lost, module by module, and in all."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from app.recipe import Recipe
+from merge_algos import methods
+from merge_algos.merge import ModuleReport
+from storage.digest import Digest
+from storage.manifest import AdapterManifest
+
+
+def certificate(
+    recipe: Recipe, inputs: Sequence[tuple[Digest, AdapterManifest]], modules: Sequence[ModuleReport], *, rank: int
+) -> dict[str, Any]:
+    """`report.json`. Errors are relative Frobenius norms, energies fractions of squared norms; totals are over all modules."""
+    return {
+        "schema": 1,
+        "recipe": recipe.to_json(),
+        "recipe_digest": str(recipe.digest),
+        "paper": methods.find(recipe.method).paper,
+        "inputs": [_input(digest, manifest) for digest, manifest in inputs],
+        "totals": _totals(modules, rank),
+        "worst_module": _worst(modules),
+        "modules": [asdict(module) for module in modules],
+    }
+
+
+def _input(digest: Digest, manifest: AdapterManifest) -> dict[str, Any]:
+    source = f"{manifest.source.kind} {manifest.source.reference}".strip()
+    return {"id": str(digest), "source": source, "licence": manifest.licence, "size_bytes": manifest.weights.size_bytes}
+
+
+def _totals(modules: Sequence[ModuleReport], rank: int) -> dict[str, Any]:
+    energy = sum(m.norm**2 for m in modules)
+    lost = sum((m.norm * m.relative_error) ** 2 for m in modules)
+    kept = energy - lost
+    # rounding is relative to what was cast, which is the part that was kept
+    rounded = sum(m.norm**2 * m.retained_energy * m.rounding_error**2 for m in modules)
+    return {
+        "modules": len(modules),
+        "rank": rank,
+        "exact_modules": sum(m.exact for m in modules),
+        "exact": all(m.exact for m in modules),
+        "relative_error": math.sqrt(lost / energy) if energy else 0.0,
+        "retained_energy": kept / energy if energy else 1.0,
+        "rounding_error": math.sqrt(rounded / kept) if kept > 0 else 0.0,
+    }
+
+
+def _worst(modules: Sequence[ModuleReport]) -> dict[str, Any]:
+    worst = max(modules, key=lambda m: (m.relative_error, m.rounding_error))
+    return {"module": worst.module, "relative_error": worst.relative_error, "rounding_error": worst.rounding_error}

@@ -1,0 +1,178 @@
+"""From what a caller asks for to a recipe: names and branches pinned, defaults written out, the impossible refused early."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from app import ingest
+from app.engine.workflow import plan_for
+from app.errors import InvalidField, UnknownAdapter
+from app.recipe import Recipe, RecipeInput
+from app.schemas import AdapterInput, MergeRequest
+from app.services import Services
+from merge_algos import methods
+from merge_algos.errors import BadPattern, InvalidParams
+from merge_algos.merge import check_count
+from merge_algos.patterns import matching
+from merge_algos.protocol import MergeMethod
+from merge_algos.rank import RankRule
+from storage.digest import Digest
+from storage.errors import BadSource
+from storage.manifest import canonical_json
+from storage.sources.hub import HubRef, HubSnapshot
+
+
+def resolve(request: MergeRequest, services: Services, *, token: str | None) -> Recipe:
+    """The recipe of a request. token: the caller's Hub token, used here and never kept.
+
+    Raises the errors of methods, sources and Hub; and those of the plan, where all inputs are already in the store.
+    """
+    method = checked_method(request.method, request.parameters)
+    check_count(method, len(request.adapters))
+    weights = _weights(request.adapters)
+    _check_patterns(request.adapters)
+    names = _names(request.adapters)
+    sources = [pin(item.source, services, token=token, field=f"adapters.{n}.source") for n, item in enumerate(request.adapters)]
+    recipe = Recipe(
+        method=method.name,
+        method_version=method.version,
+        parameters=_parameters(method),
+        rank=_rank(request),
+        dtype=request.dtype,
+        seed=request.seed,
+        profile=request.profile,
+        allow_base_mismatch=request.allow_base_mismatch,
+        adapters=tuple(map(_input, request.adapters, sources, names, weights)),
+    )
+    _check_plan(recipe, services)
+    return recipe
+
+
+def pin(source: str, services: Services, *, token: str | None, field: str) -> str:
+    """The source as a recipe names it, which this caller may read. Raises BadSource, UnknownAdapter and the Hub's errors.
+
+    A caller's token is not kept for later, so what only that token can read is imported now.
+    """
+    kind, _, rest = source.partition(":")
+    match kind:
+        case "hub":
+            return _pin_hub(HubRef.parse(rest), services, token)
+        case "sha256":
+            return str(_known(Digest.parse(source), source, services, token))
+        case "name":
+            return str(_known(services.index.resolve_name(rest), source, services, token))
+    raise BadSource(source, f"{field} must begin with hub:, sha256: or name:")
+
+
+def checked_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
+    """The method with these parameters, their types checked against its fields. Raises UnknownMethod or InvalidParams."""
+    _refuse_unknown(name, parameters)
+    try:
+        # as JSON, because that is where strictness still lets an object become the method
+        return parameter_schema(name).validate_json(canonical_json(dict(parameters)), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidParams(".".join(["parameters", *map(str, first["loc"])]), first["msg"]) from None
+    except ValueError as error:
+        raise InvalidParams("parameters", "numbers must be finite") from error
+
+
+def parameter_schema(name: str) -> TypeAdapter[MergeMethod]:
+    """The method's dataclass fields as pydantic sees them: the one source of types, defaults and JSON Schema."""
+    return TypeAdapter(methods.find(name))
+
+
+def _refuse_unknown(name: str, parameters: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(methods.find(name))]  # type: ignore[arg-type]
+    for field in parameters:
+        if field not in known:
+            raise InvalidParams(f"parameters.{field[:100]}", f"{name} has no such parameter; it has {', '.join(known) or 'none'}")
+
+
+def _parameters(method: MergeMethod) -> dict[str, Any]:
+    return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
+
+
+def _pin_hub(ref: HubRef, services: Services, token: str | None) -> str:
+    found = ingest.pinned(services, ref, token=token)
+    if not isinstance(found, HubSnapshot):
+        return str(found)
+    if found.restricted and token is not None:
+        ingest.import_hub(services, found, token=token)
+    return str(found.ref)
+
+
+def _known(digest: Digest | None, source: str, services: Services, token: str | None) -> Digest:
+    record = services.index.get(digest) if digest else None
+    if record is None:
+        raise UnknownAdapter(source)
+    ingest.check_access(services, record, token=token)
+    return record.id
+
+
+def _weights(adapters: Sequence[AdapterInput]) -> tuple[float, ...]:
+    given = [item.weight for item in adapters]
+    if all(weight is None for weight in given):
+        return (1.0 / len(given),) * len(given)
+    for position, weight in enumerate(given):
+        if weight is None:
+            raise InvalidField(f"adapters.{position}.weight", "give a weight to every adapter, or to none for 1/n each")
+    return tuple(float(weight) for weight in given if weight is not None)
+
+
+def _check_patterns(adapters: Sequence[AdapterInput]) -> None:
+    """Refuse a pattern that does not compile before anything is fetched."""
+    for position, item in enumerate(adapters):
+        for pattern in item.weights_by_module:
+            try:
+                matching(pattern, ())
+            except BadPattern as error:
+                raise InvalidField(f"adapters.{position}.weights_by_module", str(error)) from error
+
+
+def _names(adapters: Sequence[AdapterInput]) -> tuple[str, ...]:
+    """Distinct task names: those given, else from the source, numbered where two would be the same."""
+    given = [item.name for item in adapters if item.name is not None]
+    for position, item in enumerate(adapters):
+        if item.name is not None and given.count(item.name) > 1:
+            raise InvalidField(f"adapters.{position}.name", f"{item.name!r} is used twice")
+    names: list[str] = []
+    for item in adapters:
+        taken = {*given, *names}
+        candidates = (f"{_natural_name(item.source)}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
+        names.append(item.name or next(name for name in candidates if name not in taken))
+    return tuple(names)
+
+
+def _natural_name(source: str) -> str:
+    """`hub:org/math-lora@main` -> `math-lora`, `sha256:0123…` -> `0123456789ab`."""
+    kind, _, rest = source.partition(":")
+    return rest[:12] if kind == "sha256" else rest.partition("@")[0].rpartition("/")[2]
+
+
+def _rank(request: MergeRequest) -> RankRule:
+    if request.rank is None or isinstance(request.rank, int):
+        return RankRule(max=request.rank)
+    return RankRule(max=request.rank.max, energy=request.rank.energy)
+
+
+def _input(item: AdapterInput, source: str, name: str, weight: float) -> RecipeInput:
+    return RecipeInput(source, name, weight, tuple(sorted(item.weights_by_module.items())))
+
+
+def _check_plan(recipe: Recipe, services: Services) -> None:
+    """What can be refused now need not fail later: only headers are read. Inputs still to be fetched are left to the job."""
+    known = [_stored(item.source, services) for item in recipe.adapters]
+    present = [digest for digest in known if digest is not None]
+    if len(present) == len(known):
+        plan_for(services, recipe, present)
+
+
+def _stored(source: str, services: Services) -> Digest | None:
+    if source.startswith("hub:"):
+        record = ingest.held(services, source)
+        return record.id if record else None
+    digest = Digest.parse(source)
+    return digest if ingest.complete(services, digest) else None

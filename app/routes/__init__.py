@@ -1,0 +1,1 @@
+"""Thin endpoints: parse, delegate, answer."""

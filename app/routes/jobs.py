@@ -1,0 +1,87 @@
+"""Jobs: list, look, follow, cancel."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from app.errors import UnknownJob
+from app.routes.deps import Cursor, Limit, UsesQueue, UsesServices, make_cursor, parse_cursor
+from app.schemas import JobList, JobView
+from app.services import Services
+from app.views import job_view
+from storage.digest import Digest
+from storage.jobs import FINAL, Job, JobEvent
+
+router = APIRouter(tags=["jobs"])
+
+_POLL_S = 0.2
+_KEEP_ALIVE_S = 15
+
+
+@router.get("/jobs")
+def list_jobs(services: UsesServices, limit: Limit = 50, cursor: Cursor = None) -> JobList:
+    """Newest first, a page at a time."""
+    found = services.jobs.page(limit=limit + 1, after=parse_cursor(cursor))
+    page, more = found[:limit], len(found) > limit
+    return JobList(
+        data=[job_view(services, job) for job in page], next=make_cursor(page[-1].created_at, page[-1].id) if more else None
+    )
+
+
+@router.get("/jobs/{job_id}")
+def show_job(job_id: str, services: UsesServices) -> JobView:
+    """State, progress, and the certificate or the problem it ended with."""
+    return job_view(services, _get(services, job_id), detail=True)
+
+
+@router.delete("/jobs/{job_id}")
+def cancel_job(job_id: str, services: UsesServices, queue: UsesQueue) -> JobView:
+    """Cancel: what runs is killed. A job that is already final stays as it is, so asking twice is harmless."""
+    queue.cancel(_get(services, job_id))
+    return job_view(services, _get(services, job_id))
+
+
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse)
+async def follow_job(
+    job_id: str,
+    services: UsesServices,
+    last_event_id: Annotated[str | None, Header(description="resume after this event")] = None,
+) -> EventSourceResponse:
+    """Server-sent events: queued, running, progress, and the final state, after which the stream ends."""
+    job = await asyncio.to_thread(_get, services, job_id)
+    after = int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16 else 0
+    return EventSourceResponse(_events(services, job, after), ping=_KEEP_ALIVE_S)
+
+
+async def _events(services: Services, job: Job, after: int) -> AsyncIterator[ServerSentEvent]:
+    while True:
+        # state first: what is logged after it was read is seen in the next round
+        current = await asyncio.to_thread(services.jobs.get, job.id) or job
+        for event in await asyncio.to_thread(services.jobs.events, job.id, after=after):
+            after = event.number
+            yield await asyncio.to_thread(_sse, services, current, event)
+        if current.state in FINAL:
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+def _sse(services: Services, job: Job, event: JobEvent) -> ServerSentEvent:
+    """A final event carries the job as it is; the others the progress of their moment."""
+    view = job_view(services, job)
+    moment = {"stage": event.stage, "done": event.done, "total": event.total}
+    shown = view if event.event in FINAL else view.model_copy(update={"state": _state(event), "progress": moment})
+    return ServerSentEvent(data=shown.model_dump_json(warnings=False), event=event.event, id=str(event.number))
+
+
+def _state(event: JobEvent) -> str:
+    return "running" if event.event == "progress" else event.event
+
+
+def _get(services: Services, job_id: str) -> Job:
+    job = services.jobs.get(Digest.parse(job_id))
+    if job is None:
+        raise UnknownJob(job_id)
+    return job

@@ -1,0 +1,61 @@
+"""POST /merge: a recipe becomes a job, or is answered with the job it already was."""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+
+from app.engine.queue import JobQueue
+from app.resolve import resolve
+from app.routes.deps import UsesQueue, UsesServices, UsesToken
+from app.schemas import JobView, MergeRequest
+from app.services import Services
+from app.views import job_view
+from storage.jobs import FINAL, Job
+
+router = APIRouter(tags=["merge"])
+
+_POLL_S = 0.1
+_MAX_WAIT_S = 60.0
+
+
+@router.post("/merge", status_code=202, responses={200: {"model": JobView, "description": "the result exists"}})
+async def merge(
+    request: MergeRequest,
+    response: Response,
+    services: UsesServices,
+    queue: UsesQueue,
+    token: UsesToken,
+    prefer: Annotated[str | None, Header(description="`wait=N`: answer when the job is done, after N seconds at most")] = None,
+) -> JobView:
+    """Merge adapters. The same request twice is the same job: 202 while it is under way, 200 once its result exists."""
+    job = await asyncio.to_thread(submit, request, services, queue, token)
+    job = await _wait(job, services, wait_s(prefer))
+    response.status_code = 200 if job.state == "succeeded" else 202
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return await asyncio.to_thread(job_view, services, job, detail=True)
+
+
+def submit(request: MergeRequest, services: Services, queue: JobQueue, token: str | None) -> Job:
+    recipe = resolve(request, services, token=token)
+    if request.name is not None:
+        services.index.request_name(request.name, recipe.digest)
+    return queue.submit(recipe)
+
+
+async def _wait(job: Job, services: Services, seconds: float) -> Job:
+    ends_at = asyncio.get_running_loop().time() + seconds
+    while job.state not in FINAL and asyncio.get_running_loop().time() < ends_at:
+        await asyncio.sleep(_POLL_S)
+        current = await asyncio.to_thread(services.jobs.get, job.id)
+        job = current or job
+    return job
+
+
+def wait_s(prefer: str | None) -> float:
+    """Seconds of RFC 7240's `Prefer: wait=N`, at most a minute; other preferences are ignored, as the RFC asks."""
+    for preference in (prefer or "").split(","):
+        name, _, value = preference.strip().partition("=")
+        if name.lower() == "wait" and value.isascii() and value.isdecimal():
+            return min(float(value[:6]), _MAX_WAIT_S)
+    return 0.0

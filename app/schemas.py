@@ -1,0 +1,142 @@
+"""The wire: what callers send and get, as pydantic models. Parsed once here, never validated again inside."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from app.recipe import Dtype, Profile
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+# a namespace and a name, as on the Hub; never a path component of ours
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
+
+
+class Body(BaseModel):
+    """What callers send: unknown fields are refused, since a misspelt one would otherwise be silently without effect."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterInput(Body):
+    source: str = Field(max_length=1000, description=SOURCE_HELP, examples=["hub:org/math-lora@main"])
+    name: TaskName | None = Field(default=None, description="the task's name in reports; default: from the source")
+    weight: Finite | None = Field(
+        default=None, description="mixing coefficient of any sign; give it for all adapters or for none (then 1/n each)"
+    )
+    weights_by_module: dict[str, Finite] = Field(
+        default={}, max_length=100, description="pattern found in the module's name -> weight there"
+    )
+
+
+class EnergyRank(Body):
+    energy: float = Field(gt=0, le=1, description="fraction of the squared norm to keep, per module")
+    max: int | None = Field(default=None, ge=1, description="at most this rank")
+
+
+class MergeRequest(Body):
+    method: str = Field(default="task_arithmetic", max_length=100, description="see GET /methods")
+    parameters: dict[str, Any] = Field(default={}, description="the method's own parameters")
+    adapters: list[AdapterInput] = Field(min_length=1, max_length=256)
+    rank: Annotated[int, Field(ge=1)] | EnergyRank | None = Field(
+        default=None, description="an integer, an energy, or null: exact"
+    )
+    dtype: Dtype = Field(default="auto", description="of the result; auto is the widest among the inputs")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    profile: Profile = Field(
+        default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
+    )
+    allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
+    name: Name | None = Field(default=None, description="also make the result known as name:<this>")
+
+
+class ImportRequest(Body):
+    source: str = Field(max_length=1000, description="hub:org/name[/subfolder][@revision]", examples=["hub:org/math-lora@main"])
+    name: Name | None = Field(default=None, description="also make it known as name:<this>")
+
+
+class Problem(BaseModel):
+    """RFC 9457; members beyond these name the field, module or tensor concerned."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Progress(BaseModel):
+    stage: str = Field(description="queued, fetch (counts adapters), merge (counts modules), assemble")
+    done: int
+    total: int
+
+
+class ResultView(BaseModel):
+    kind: Literal["adapter", "basis"]
+    id: str
+    links: dict[str, str]
+
+
+class JobView(BaseModel):
+    id: str
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
+    method: str
+    attempt: int
+    progress: Progress
+    result: ResultView | None
+    error: Problem | None
+    certificate: dict[str, Any] | None = Field(default=None, description="the merge's report.json, for a job that succeeded")
+    links: dict[str, str]
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class JobList(BaseModel):
+    data: list[JobView]
+    next: str | None
+
+
+class AdapterView(BaseModel):
+    id: str
+    name: str | None
+    base_model: str
+    modules: int
+    rank: int
+    size_bytes: int
+    source: str
+    licence: str | None
+    recipe: str | None
+    inputs: list[str]
+    links: dict[str, str]
+    created_at: datetime
+
+
+class AdapterList(BaseModel):
+    data: list[AdapterView]
+    next: str | None
+
+
+class MethodView(BaseModel):
+    name: str
+    summary: str
+    paper: str
+    version: int
+    needs: Literal["nothing", "base", "data"]
+    memory: Literal["factors", "dense"]
+    min_adapters: int
+    parameters: dict[str, Any] = Field(description="JSON Schema of the method's parameters")
+
+
+class MethodList(BaseModel):
+    data: list[MethodView]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+def utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

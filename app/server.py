@@ -1,0 +1,41 @@
+"""`braid serve`: the API on a socket, a supervised worker beside it."""
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+from app.supervisor import supervised_worker
+
+
+def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Says where it listens once the socket is bound."""
+    logging.basicConfig(level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # the client library logs every request with its URL; ours are told by state changes of jobs
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    listener = _bind(settings)
+    config = uvicorn.Config(
+        create_app(settings), log_config=None, log_level=settings.log_level.lower(), timeout_graceful_shutdown=5
+    )
+    with ExitStack() as stack:
+        stack.enter_context(listener)
+        if worker:
+            stack.enter_context(supervised_worker(settings))
+        host, port = listener.getsockname()[:2]
+        say(f"Braid listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Bound before anything starts, so that a port in use is known at once and a free one can be told."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    listener.listen(128)  # from here on nobody is refused: who comes before the API is ready waits
+    return listener

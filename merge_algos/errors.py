@@ -1,0 +1,123 @@
+"""What a merge refuses, and why. Each error carries its data and makes its own sentence.
+
+MergeError
+├── UnknownMethod        no method of that name
+├── InvalidParams        a parameter is unknown, of the wrong type, or out of range
+├── InvalidRank          the rank rule is impossible
+├── InvalidWeights       not one finite weight per adapter
+├── TooFewAdapters       the method needs more adapters than it was given
+├── BadPattern           a regular expression does not compile, matches nothing, is ambiguous or too slow
+├── BaseModelMismatch    the adapters were trained on different base models
+├── ShapeMismatch        one module, two shapes
+├── NonFiniteTensor      a tensor holds NaN or Inf
+├── NonFiniteResult      the merged factors overflow the requested dtype
+└── UnsupportedAdapter   an adapter kind, flag or tensor that cannot be ingested exactly
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+class MergeError(Exception):
+    """Root of the tree; never raised itself."""
+
+
+@dataclass(eq=False)
+class UnknownMethod(MergeError):
+    method: str
+    known: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"no method {self.method[:100]!r}; there are {', '.join(self.known)}"
+
+
+@dataclass(eq=False)
+class InvalidParams(MergeError):
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidRank(MergeError):
+    rank: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidWeights(MergeError):
+    reason: str
+
+    def __str__(self) -> str:
+        return f"weights: {self.reason}"
+
+
+@dataclass(eq=False)
+class TooFewAdapters(MergeError):
+    method: str
+    needed: int
+    got: int
+
+    def __str__(self) -> str:
+        return f"{self.method} needs at least {self.needed} adapter{'s' * (self.needed > 1)}, got {self.got}"
+
+
+@dataclass(eq=False)
+class BadPattern(MergeError):
+    pattern: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"pattern {self.pattern[:200]!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class BaseModelMismatch(MergeError):
+    base_models: Sequence[str]
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.base_models)
+        return f"the adapters belong to different base models ({listed}); allow_base_mismatch merges them anyway"
+
+
+@dataclass(eq=False)
+class ShapeMismatch(MergeError):
+    module: str
+    expected: tuple[int, ...]
+    got: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.module}: shape {self.got} where {self.expected} was expected"
+
+
+@dataclass(eq=False)
+class NonFiniteTensor(MergeError):
+    tensor: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor} holds NaN or Inf"
+
+
+@dataclass(eq=False)
+class NonFiniteResult(MergeError):
+    module: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: the merged factors do not fit {self.dtype}; use smaller weights or a wider dtype"
+
+
+@dataclass(eq=False)
+class UnsupportedAdapter(MergeError):
+    subject: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.reason}; {self.remedy}"

@@ -1,0 +1,1 @@
+"""Names and flags in an adapter file <-> low-rank factors. One file per naming."""

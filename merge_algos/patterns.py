@@ -1,0 +1,30 @@
+"""Regular expressions from strangers, matched against module names with a limit on time and length.
+
+Python's own `re` cannot be interrupted, so one hostile pattern in a recipe or adapter_config.json would stop the service.
+"""
+
+from collections.abc import Sequence
+
+import regex
+
+from merge_algos.errors import BadPattern
+
+_MAX_LENGTH = 512
+_TIMEOUT_S = 0.25
+
+
+def matching(pattern: str, names: Sequence[str], *, anchored: bool = False) -> tuple[str, ...]:
+    """The names in which `pattern` is found; `anchored`: PEFT's rule, the pattern is the whole name or its dotted tail.
+
+    Raises BadPattern if it does not compile, is longer than 512 characters or takes longer than a quarter of a second.
+    """
+    if len(pattern) > _MAX_LENGTH:
+        raise BadPattern(pattern, f"longer than {_MAX_LENGTH} characters")
+    try:
+        compiled = regex.compile(rf"^(?:.*\.)?(?:{pattern})$" if anchored else pattern)
+        joined_deadline = _TIMEOUT_S / max(len(names), 1) + 0.01
+        return tuple(name for name in names if compiled.search(name, timeout=joined_deadline))
+    except regex.error as error:
+        raise BadPattern(pattern, str(error)) from error
+    except TimeoutError as error:
+        raise BadPattern(pattern, "takes too long to match") from error

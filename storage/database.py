@@ -1,0 +1,51 @@
+"""Connections and migrations. SQLite by default, Postgres by URL; the tables are the same."""
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from filelock import FileLock
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import Connection
+
+_PRAGMAS = ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON")
+
+
+def connect(url: str) -> Engine:
+    """An engine whose SQLite connections are WAL, wait for locks, and take the write lock when a transaction begins.
+
+    A deferred SQLite transaction that reads and then writes fails at once when another writer came between; taking the
+    lock first makes it wait instead.
+    """
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure)
+        event.listen(engine, "begin", _begin)
+    return engine
+
+
+def reading(engine: Engine) -> Connection:
+    """A connection for reading: a snapshot that never waits for a writer."""
+    return engine.connect().execution_options(braid_reading=True)
+
+
+def upgrade(engine: Engine, lock: Path) -> None:
+    """Bring the schema to the newest version. `lock`: a file; two processes starting at once migrate one after the other."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock), engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _configure(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver must not open transactions of its own
+    for pragma in _PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    reads = connection.get_execution_options().get("braid_reading")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

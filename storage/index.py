@@ -1,0 +1,190 @@
+"""What the store knows beside its blobs: which adapters there are, their names and lineage, which recipe gave which result."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, Row, Table, delete, insert, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from storage.database import reading
+from storage.digest import Digest
+from storage.manifest import Source
+from storage.schema import adapters, lineage, name_requests, names, results
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """One adapter as lists show it. restricted: Hub sources whose access must be checked again before it is handed out."""
+
+    id: Digest
+    base_model: str
+    modules: int
+    rank: int
+    size_bytes: int
+    source: Source
+    licence: str | None
+    restricted: tuple[str, ...]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a recipe gave: the kind of artefact and its manifest."""
+
+    kind: Literal["adapter", "basis"]
+    target: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Rows about artefacts. Every write is one transaction and may be repeated without effect."""
+
+    engine: Engine
+
+    def add(self, record: AdapterRecord, inputs: Sequence[Digest] = ()) -> None:
+        """Record an adapter and its inputs; an adapter already known keeps its row, only narrower access is taken over."""
+        with self.engine.begin() as connection:
+            _add(connection, record, inputs)
+
+    def publish(self, recipe: Digest, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
+        """Record a merge result, give it the names that were asked for, all at once; publishing again changes nothing."""
+        row = {"recipe": str(recipe), "kind": "adapter", "target": str(record.id), "created_at": record.created_at}
+        with self.engine.begin() as connection:
+            _add(connection, record, inputs)
+            _insert_if_absent(connection, results, row)
+            _grant_names(connection, recipe)
+
+    def get(self, adapter: Digest) -> AdapterRecord | None:
+        with reading(self.engine) as connection:
+            row = connection.execute(select(adapters).where(adapters.c.id == str(adapter))).first()
+        return _record(row) if row else None
+
+    def find_source(self, source: str) -> AdapterRecord | None:
+        """The adapter imported from this pinned source, if any."""
+        with reading(self.engine) as connection:
+            row = connection.execute(select(adapters).where(adapters.c.source == source, adapters.c.source_kind == "hub")).first()
+        return _record(row) if row else None
+
+    def page(self, *, limit: int, after: tuple[float, str] | None = None) -> list[AdapterRecord]:
+        """Newest first; `after` is (created_at, id) of the last one seen."""
+        query = select(adapters).order_by(adapters.c.created_at.desc(), adapters.c.id.desc()).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(adapters.c.created_at, adapters.c.id) < tuple_(*after))
+        with reading(self.engine) as connection:
+            return [_record(row) for row in connection.execute(query)]
+
+    def result(self, recipe: Digest) -> Result | None:
+        with reading(self.engine) as connection:
+            row = connection.execute(select(results).where(results.c.recipe == str(recipe))).first()
+        return Result(row.kind, Digest.parse(row.target)) if row else None
+
+    def drop_result(self, recipe: Digest) -> None:
+        """Forget a result whose blobs are gone, so that the recipe can run again."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(results).where(results.c.recipe == str(recipe)))
+
+    def inputs(self, adapter: Digest) -> tuple[Digest, ...]:
+        query = select(lineage.c.parent).where(lineage.c.child == str(adapter)).order_by(lineage.c.position)
+        with reading(self.engine) as connection:
+            return tuple(Digest.parse(parent) for parent in connection.scalars(query))
+
+    def resolve_name(self, name: str) -> Digest | None:
+        with reading(self.engine) as connection:
+            target = connection.scalar(select(names.c.target).where(names.c.name == name))
+        return Digest.parse(target) if target else None
+
+    def names_of(self, adapter: Digest) -> tuple[str, ...]:
+        with reading(self.engine) as connection:
+            return tuple(connection.scalars(select(names.c.name).where(names.c.target == str(adapter)).order_by(names.c.name)))
+
+    def set_name(self, name: str, adapter: Digest) -> None:
+        with self.engine.begin() as connection:
+            _set_name(connection, name, adapter)
+
+    def request_name(self, name: str, recipe: Digest) -> None:
+        """Give the result of a recipe this name: now if it is published, else when it will be."""
+        with self.engine.begin() as connection:
+            _insert_if_absent(connection, name_requests, {"recipe": str(recipe), "name": name})
+            _grant_names(connection, recipe)
+
+    def forget(self, adapter: Digest) -> bool:
+        """Drop an adapter, its names and the results that led to it; whether there was one. Its lineage stays as history."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(names).where(names.c.target == str(adapter)))
+            connection.execute(delete(results).where(results.c.target == str(adapter)))
+            return connection.execute(delete(adapters).where(adapters.c.id == str(adapter))).rowcount > 0
+
+    def adapters(self) -> tuple[Digest, ...]:
+        """Every adapter known: the roots of garbage collection."""
+        with reading(self.engine) as connection:
+            return tuple(Digest.parse(text) for text in connection.scalars(select(adapters.c.id)))
+
+
+def now() -> float:
+    """Seconds since the epoch, UTC."""
+    return time.time()
+
+
+def _add(connection: Connection, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
+    if not _insert_if_absent(connection, adapters, _row(record)):
+        known = connection.scalar(select(adapters.c.restricted).where(adapters.c.id == str(record.id))) or []
+        # the same bytes fetched once without a token are public: the least restricted way of getting them counts
+        least = [source for source in known if source in record.restricted]
+        connection.execute(update(adapters).where(adapters.c.id == str(record.id)).values(restricted=least))
+    for position, parent in enumerate(inputs):
+        _insert_if_absent(connection, lineage, {"child": str(record.id), "position": position, "parent": str(parent)})
+
+
+def _insert_if_absent(connection: Connection, table: Table, row: dict[str, Any]) -> bool:
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(table).values(row))
+    except IntegrityError:
+        return False
+    return True
+
+
+def _grant_names(connection: Connection, recipe: Digest) -> None:
+    target = connection.scalar(select(results.c.target).where(results.c.recipe == str(recipe)))
+    if target is None:
+        return
+    mine = name_requests.c.recipe == str(recipe)
+    for name in connection.scalars(select(name_requests.c.name).where(mine)).all():
+        _set_name(connection, name, Digest.parse(target))
+    connection.execute(delete(name_requests).where(mine))
+
+
+def _set_name(connection: Connection, name: str, adapter: Digest) -> None:
+    connection.execute(delete(names).where(names.c.name == name))
+    connection.execute(insert(names).values(name=name, target=str(adapter)))
+
+
+def _row(record: AdapterRecord) -> dict[str, Any]:
+    return {
+        "id": str(record.id),
+        "base_model": record.base_model,
+        "modules": record.modules,
+        "rank": record.rank,
+        "size_bytes": record.size_bytes,
+        "source_kind": record.source.kind,
+        "source": record.source.reference,
+        "licence": record.licence,
+        "restricted": list(record.restricted),
+        "created_at": record.created_at,
+    }
+
+
+def _record(row: Row[Any]) -> AdapterRecord:
+    return AdapterRecord(
+        id=Digest.parse(row.id),
+        base_model=row.base_model,
+        modules=row.modules,
+        rank=row.rank,
+        size_bytes=row.size_bytes,
+        source=Source(row.source_kind, row.source),
+        licence=row.licence,
+        restricted=tuple(row.restricted),
+        created_at=row.created_at,
+    )

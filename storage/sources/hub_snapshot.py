@@ -1,0 +1,171 @@
+"""What an adapter on a Hub is, before a byte of it is read: its reference, and its snapshot at one commit.
+
+Both come from strangers, a caller and a server, so both are checked here and plain values from here on.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily, which mypy cannot see
+from pydantic import BaseModel, Field, ValidationError
+
+from storage.digest import Digest
+from storage.errors import BadSource, HubUnavailable, NotAnAdapter, PickleOnly
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# The first character keeps out hidden files, `.`, `..`, options and the empty part; `%` and `\` are in no part at all.
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
+_PATH_MAX_CHARS = 255
+_LICENCE_MAX_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class HubRef:
+    """A folder of a repository at a revision: a branch, a tag, `refs/pr/1` or a commit. `subfolder` is "" at the root.
+
+    Raises BadSource for anything that is not plainly such a name.
+    """
+
+    repo: str
+    revision: str = "main"
+    subfolder: str = ""
+
+    def __post_init__(self) -> None:
+        if self.repo.count("/") != 1:
+            raise BadSource(str(self), "write hub:org/name[/folder][@revision]")
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError:
+            raise BadSource(str(self), "the Hub allows no repository of that name") from None
+        if self.subfolder and not _is_plain_path(self.subfolder):
+            raise BadSource(str(self), "the folder is not a plain relative path")
+        if not _is_plain_path(self.revision):
+            raise BadSource(str(self), "the revision is not a plain branch, tag or commit")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`org/name[/folder][@revision]`, the part after `hub:`."""
+        place, at, revision = text.partition("@")
+        org, _, rest = place.partition("/")
+        name, slash, subfolder = rest.partition("/")
+        if slash and not subfolder:
+            raise BadSource(f"hub:{text}", "the folder is empty")
+        return cls(f"{org}/{name}", revision if at else "main", subfolder)
+
+    @property
+    def is_commit(self) -> bool:
+        return _COMMIT.fullmatch(self.revision) is not None
+
+    def file(self, name: str) -> str:
+        """Path in the repository of a file of this folder."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def __str__(self) -> str:
+        return f"hub:{self.repo}{self.subfolder and '/'}{self.subfolder}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as the Hub announces it. One of the hashes is there: `sha256` for LFS files, `git_sha1` for small ones."""
+
+    path: str
+    size_bytes: int
+    sha256: Digest | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubSnapshot:
+    """An adapter at one commit. `ref.revision`: 40 hexadecimal digits. `restricted`: gated or private."""
+
+    ref: HubRef
+    restricted: bool
+    licence: str | None
+    config: HubFile
+    weights: HubFile
+
+
+class _Lfs(BaseModel):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class _Sibling(BaseModel):
+    rfilename: str
+    size: int | None = Field(None, ge=0)
+    blob_id: str | None = Field(None, alias="blobId", pattern=r"^[0-9a-f]{40}$")
+    lfs: _Lfs | None = None
+
+
+class _Info(BaseModel):
+    """What `/api/models/…` says, as far as it is needed. A repository that does not say so counts as private."""
+
+    sha: str = Field(pattern=r"^[0-9a-f]{40}$")
+    private: bool = True
+    gated: bool | str = False
+    siblings: tuple[_Sibling, ...]
+    card: dict[str, Any] | None = Field(None, alias="cardData")
+
+
+def read_snapshot(ref: HubRef, text: bytes) -> HubSnapshot:
+    """The adapter at `ref` in the answer of `/api/models/…?blobs=true`, which holds a commit and the files at that commit.
+
+    Raises PickleOnly, NotAnAdapter; HubUnavailable if the answer is malformed or about another commit.
+    """
+    info = _parse(ref, text)
+    if ref.is_commit and info.sha != ref.revision:
+        raise HubUnavailable(ref.repo, f"it answered for another commit than {ref.revision}")
+    return _snapshot(ref, info)
+
+
+def _parse(ref: HubRef, text: bytes) -> _Info:
+    try:
+        return _Info.model_validate_json(text)
+    except ValidationError:
+        raise HubUnavailable(ref.repo, "its description of the repository was not understood") from None
+
+
+def _snapshot(ref: HubRef, info: _Info) -> HubSnapshot:
+    files = {sibling.rfilename: sibling for sibling in info.siblings}
+    weights, config = ref.file(WEIGHTS), ref.file(CONFIG)
+    pickles = [ref.file(name) for name in PICKLES if ref.file(name) in files]
+    if weights not in files and pickles:
+        raise PickleOnly(ref.repo, pickles[0])
+    for path in (config, weights):
+        if path not in files:
+            raise NotAnAdapter(ref.repo, path)
+    return HubSnapshot(
+        ref=replace(ref, revision=info.sha),
+        restricted=info.private or bool(info.gated),
+        licence=_licence(info.card or {}),
+        config=_announced(ref, files[config]),
+        weights=_announced(ref, files[weights]),
+    )
+
+
+def _announced(ref: HubRef, sibling: _Sibling) -> HubFile:
+    # The blob_id of an LFS file is that of its pointer, not of its bytes.
+    if sibling.lfs is not None:
+        return HubFile(sibling.rfilename, sibling.lfs.size, sha256=Digest(sibling.lfs.sha256))
+    if sibling.size is None or sibling.blob_id is None:
+        raise HubUnavailable(ref.repo, f"it announces neither size nor hash of {sibling.rfilename}")
+    return HubFile(sibling.rfilename, sibling.size, git_sha1=sibling.blob_id)
+
+
+def _licence(card: Mapping[str, Any]) -> str | None:
+    """The card's `license`, or its own name for one that is not on the Hub's list."""
+    licence = card.get("license_name") if card.get("license") == "other" else None
+    licence = licence or card.get("license")
+    return licence[:_LICENCE_MAX_CHARS] if isinstance(licence, str) and licence else None
+
+
+def _is_plain_path(text: str) -> bool:
+    parts = text.split("/")
+    return len(text) <= _PATH_MAX_CHARS and ".." not in text and all(_PART.fullmatch(part) for part in parts)
