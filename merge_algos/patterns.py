@@ -3,6 +3,7 @@
 Python's own `re` cannot be interrupted, so one hostile pattern in a recipe or adapter_config.json would stop the service.
 """
 
+import time
 from collections.abc import Sequence
 
 import regex
@@ -21,9 +22,9 @@ def matching(pattern: str, names: Sequence[str], *, anchored: bool = False) -> t
     if len(pattern) > _MAX_LENGTH:
         raise BadPattern(pattern, f"longer than {_MAX_LENGTH} characters")
     try:
-        compiled = regex.compile(rf"^(?:.*\.)?(?:{pattern})$" if anchored else pattern)
-        joined_deadline = _TIMEOUT_S / max(len(names), 1) + 0.01
-        return tuple(name for name in names if compiled.search(name, timeout=joined_deadline))
+        compiled = regex.compile(rf"^(.*\.)?({pattern})$" if anchored else pattern)  # PEFT's groups, so that \2 is \2
+        ends_at = time.monotonic() + _TIMEOUT_S
+        return tuple(name for name in names if compiled.search(name, timeout=max(ends_at - time.monotonic(), 0.001)))
     except regex.error as error:
         raise BadPattern(pattern, str(error)) from error
     except TimeoutError as error:

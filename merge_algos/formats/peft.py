@@ -6,7 +6,8 @@ UnsupportedAdapter naming it. What is written has one scaling that every loader 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,8 @@ _TENSOR_REASONS = {
     "lora_embedding": "an embedding factor is laid out differently",
     ".lora_B.bias": "a bias on lora_B is an update outside B A",
 }
-# initialisations that also rewrite the base weights: B A is then relative to a base nobody else has
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# the others (pissa, olora, corda, loftq, lora_ga ..) rewrite the base weights: B A is then relative to a base nobody else has
+_INITS_KEEPING_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,13 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> 
     factors = _pair(shapes)
     r = _by_pattern(config, "r", "rank_pattern", tuple(factors))
     alpha = _by_pattern(config, "lora_alpha", "alpha_pattern", tuple(factors))
-    rslora = bool(config.get("use_rslora"))
+    rslora = _flag(config, "use_rslora")
     modules = tuple(_module(name, shapes, r[name], alpha[name], rslora=rslora) for name in factors)
     return AdapterSpec(
         base_model=_text(config, "base_model_name_or_path") or "",
         revision=_text(config, "revision"),
         task_type=_text(config, "task_type"),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        fan_in_fan_out=_flag(config, "fan_in_fan_out"),
         modules=modules,
     )
 
@@ -139,7 +140,7 @@ def config_for(
     One rank everywhere gives empty patterns, which is what every server reads; different ranks need both patterns.
     """
     r = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != r}
+    other = {_only(name, ranks): rank for name, rank in ranks.items() if rank != r}
     return {
         "alpha_pattern": other,
         "base_model_name_or_path": base_model or None,
@@ -161,6 +162,12 @@ def config_for(
     }
 
 
+def _only(name: str, modules: Iterable[str]) -> str:
+    """A pattern for this module alone: its name, anchored where that is also the dotted tail of another module's."""
+    is_tail = any(other.endswith(f".{name}") for other in modules)
+    return f"^{re.escape(name)}" if is_tail else name
+
+
 def _refuse_flags(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise UnsupportedAdapter(
@@ -169,10 +176,10 @@ def _refuse_flags(config: Mapping[str, Any]) -> None:
             "convert it to LoRA first",
         )
     initial = config.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(_MOVES_THE_BASE):
+    if not isinstance(initial, bool | None) and str(initial).lower() not in _INITS_KEEPING_THE_BASE:
         raise UnsupportedAdapter(
-            f"init_lora_weights {initial[:100]!r}",
-            "this initialisation also changes the base weights",
+            f"init_lora_weights {str(initial)[:100]!r}",
+            "this initialisation is unknown, or also changes the base weights",
             "save it converted to plain LoRA (path_initial_model_for_weight_conversion)",
         )
     for flag, value in config.items():
@@ -232,9 +239,17 @@ def _by_pattern(config: Mapping[str, Any], default: str, pattern: str, modules: 
 
 
 def _number(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # compared, not converted: JSON has integers beyond any float
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise InvalidParams(f"adapter_config.json: {field}", f"must be a finite number, not {str(value)[:100]}")
     return value
+
+
+def _flag(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidParams(f"adapter_config.json: {field}", "must be true, false or null")
+    return bool(value)
 
 
 def _text(config: Mapping[str, Any], field: str) -> str | None:

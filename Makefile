@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/braid demo
+
+test: lint
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/python benchmarks/spine.py
+
+clean:
+	rm -rf $(VENV) demo-merged
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Braid needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing Braid into $(VENV) (extra: $*); torch is large, so this takes a minute."
+	$(PIP) --editable '.[$*]'
+	@touch $@
