@@ -11,6 +11,8 @@ from merge_algos.merge import ModuleReport
 from storage.digest import Digest
 from storage.manifest import AdapterManifest
 
+_NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves of a sum that cancels
+
 
 def certificate(
     recipe: Recipe, inputs: Sequence[tuple[Digest, AdapterManifest]], modules: Sequence[ModuleReport], *, rank: int
@@ -51,5 +53,7 @@ def _totals(modules: Sequence[ModuleReport], rank: int) -> dict[str, Any]:
 
 
 def _worst(modules: Sequence[ModuleReport]) -> dict[str, Any]:
-    worst = max(modules, key=lambda m: (m.relative_error, m.rounding_error))
+    """The module that lost most of itself; one that cancelled to rounding noise has nothing to lose."""
+    floor = _NOISE * max(m.norm for m in modules)
+    worst = max((m for m in modules if m.norm >= floor), key=lambda m: (m.relative_error, m.rounding_error))
     return {"module": worst.module, "relative_error": worst.relative_error, "rounding_error": worst.rounding_error}

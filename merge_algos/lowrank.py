@@ -39,7 +39,7 @@ class LowRankDelta:
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
-            raise ShapeMismatch("delta", (self.B.shape[-1], -1), tuple(self.A.shape))
+            raise ShapeMismatch("delta", (*self.B.shape[-1:], -1), tuple(self.A.shape))
 
     @classmethod
     def zero(cls, d_out: int, d_in: int, *, like: Tensor | None = None) -> Self:

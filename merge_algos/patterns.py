@@ -12,6 +12,7 @@ from merge_algos.errors import BadPattern
 
 _MAX_LENGTH = 512
 _TIMEOUT_S = 0.25
+_TOTAL_S = 10.0
 
 
 def matching(pattern: str, names: Sequence[str], *, anchored: bool = False) -> tuple[str, ...]:
@@ -29,3 +30,13 @@ def matching(pattern: str, names: Sequence[str], *, anchored: bool = False) -> t
         raise BadPattern(pattern, str(error)) from error
     except TimeoutError as error:
         raise BadPattern(pattern, "takes too long to match") from error
+
+
+def matching_each(patterns: Sequence[str], names: Sequence[str], *, anchored: bool = False) -> dict[str, tuple[str, ...]]:
+    """`matching` of every pattern. Raises BadPattern also if all of them together take longer than ten seconds."""
+    found, ends_at = {}, time.monotonic() + _TOTAL_S
+    for pattern in patterns:
+        if time.monotonic() > ends_at:
+            raise BadPattern(pattern, f"{len(patterns)} patterns take too long to match")
+        found[pattern] = matching(pattern, names, anchored=anchored)
+    return found

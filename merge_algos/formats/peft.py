@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_algos.errors import InvalidParams, NonFiniteTensor, ShapeMismatch, UnsupportedAdapter
 from merge_algos.lowrank import LowRankDelta
-from merge_algos.patterns import matching
+from merge_algos.patterns import matching_each
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -233,8 +233,9 @@ def _by_pattern(config: Mapping[str, Any], default: str, pattern: str, modules: 
     patterns = config.get(pattern) or {}
     if not isinstance(patterns, Mapping):
         raise InvalidParams(f"adapter_config.json: {pattern}", "must be an object")
+    matched = matching_each(tuple(patterns), modules, anchored=True)
     for key, value in reversed(list(patterns.items())):  # reversed, so that the first pattern that matches has the last word
-        values.update(dict.fromkeys(matching(key, modules, anchored=True), _number(pattern, value)))
+        values.update(dict.fromkeys(matched[key], _number(pattern, value)))
     return values
 
 
