@@ -1,6 +1,7 @@
 """`braid serve`: the API on a socket, a supervised worker beside it."""
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from contextlib import ExitStack
 
 import uvicorn
 
+from app.engine.devices import available
 from app.main import create_app
 from app.settings import Settings
 from app.supervisor import supervised_worker
@@ -18,10 +20,14 @@ def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None]) 
     logging.basicConfig(level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # the client library logs every request with its URL; ours are told by state changes of jobs
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    if worker:
+        available(settings.devices)  # a GPU that is not there would otherwise end the worker again and again
     listener = _bind(settings)
     config = uvicorn.Config(
         create_app(settings), log_config=None, log_level=settings.log_level.lower(), timeout_graceful_shutdown=5
     )
+    # uvicorn raises the signal that ended it once more: by default that would end us before the worker is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with ExitStack() as stack:
         stack.enter_context(listener)
         if worker:

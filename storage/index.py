@@ -44,17 +44,14 @@ class Index:
     engine: Engine
 
     def add(self, record: AdapterRecord, inputs: Sequence[Digest] = ()) -> None:
-        """Record an adapter and its inputs; an adapter already known keeps its row, only narrower access is taken over."""
+        """Record an adapter and its inputs; an adapter already known keeps its row, only freer access is taken over."""
         with self.engine.begin() as connection:
             _add(connection, record, inputs)
 
     def publish(self, recipe: Digest, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
         """Record a merge result, give it the names that were asked for, all at once; publishing again changes nothing."""
-        row = {"recipe": str(recipe), "kind": "adapter", "target": str(record.id), "created_at": record.created_at}
         with self.engine.begin() as connection:
-            _add(connection, record, inputs)
-            _insert_if_absent(connection, results, row)
-            _grant_names(connection, recipe)
+            publish(connection, recipe, record, inputs)
 
     def get(self, adapter: Digest) -> AdapterRecord | None:
         with reading(self.engine) as connection:
@@ -79,11 +76,6 @@ class Index:
         with reading(self.engine) as connection:
             row = connection.execute(select(results).where(results.c.recipe == str(recipe))).first()
         return Result(row.kind, Digest.parse(row.target)) if row else None
-
-    def drop_result(self, recipe: Digest) -> None:
-        """Forget a result whose blobs are gone, so that the recipe can run again."""
-        with self.engine.begin() as connection:
-            connection.execute(delete(results).where(results.c.recipe == str(recipe)))
 
     def inputs(self, adapter: Digest) -> tuple[Digest, ...]:
         query = select(lineage.c.parent).where(lineage.c.child == str(adapter)).order_by(lineage.c.position)
@@ -120,6 +112,19 @@ class Index:
         """Every adapter known: the roots of garbage collection."""
         with reading(self.engine) as connection:
             return tuple(Digest.parse(text) for text in connection.scalars(select(adapters.c.id)))
+
+
+def publish(connection: Connection, recipe: Digest, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
+    """`Index.publish` within a transaction of the caller's.
+
+    A recipe runs again only if its result lost blobs, so a result that differs takes the place of the one before.
+    """
+    row = {"recipe": str(recipe), "kind": "adapter", "target": str(record.id), "created_at": record.created_at}
+    _add(connection, record, inputs)
+    if not _insert_if_absent(connection, results, row):
+        differs = update(results).where(results.c.recipe == str(recipe), results.c.target != str(record.id))
+        connection.execute(differs.values(row))
+    _grant_names(connection, recipe)
 
 
 def now() -> float:

@@ -13,6 +13,7 @@ from sqlalchemy import JSON, Connection, Engine, Row, delete, func, insert, sele
 
 from storage.database import reading
 from storage.digest import Descriptor, Digest
+from storage.index import AdapterRecord, publish
 from storage.schema import job_events, jobs, shards
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -83,14 +84,21 @@ class Jobs:
                 _log(connection, job, "progress")
 
     def finish(self, job: Digest, attempt: int, state: State, error: Mapping[str, Any] | None = None) -> bool:
-        """Give the attempt its final state; False if it has one already."""
+        """Give the attempt its final state; False if it has one already, or is not the job's last."""
         with self.engine.begin() as connection:
-            change = _this(job, attempt).where(jobs.c.state.not_in(FINAL))
-            value = JSON.NULL if error is None else dict(error)
-            changed = connection.execute(change.values(state=state, error=value, finished_at=time.time())).rowcount > 0
-            if changed:
-                _log(connection, job, state)
-            return changed
+            return _finish(connection, job, attempt, state, error)
+
+    def succeed(self, job: Digest, attempt: int, result: AdapterRecord, inputs: Sequence[Digest]) -> bool:
+        """Finish with this result and drop the shards, all or nothing; False, and nothing is published, as for `finish`.
+
+        One transaction, so that a job cancelled in this moment has no result, and a succeeded one has never none.
+        """
+        with self.engine.begin() as connection:
+            won = _finish(connection, job, attempt, "succeeded")
+            if won:
+                publish(connection, job, result, inputs)
+                connection.execute(delete(shards).where(shards.c.recipe == str(job)))
+            return won
 
     def get(self, job: Digest) -> Job | None:
         with reading(self.engine) as connection:
@@ -145,6 +153,15 @@ class Jobs:
 
 def _this(job: Digest, attempt: int) -> Any:
     return update(jobs).where(jobs.c.id == str(job), jobs.c.attempt == attempt)
+
+
+def _finish(connection: Connection, job: Digest, attempt: int, state: State, error: Mapping[str, Any] | None = None) -> bool:
+    change = _this(job, attempt).where(jobs.c.state.not_in(FINAL))
+    value = JSON.NULL if error is None else dict(error)
+    changed = connection.execute(change.values(state=state, error=value, finished_at=time.time())).rowcount > 0
+    if changed:
+        _log(connection, job, state)
+    return changed
 
 
 def _log(connection: Connection, job: Digest, event: str) -> None:

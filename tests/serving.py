@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,11 +60,12 @@ class Server:
         """api, worker and child, as far as they live."""
         found = {"api": psutil.Process(self.process.pid)}
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            line = " ".join(process.cmdline())
-            if " worker" in line:
-                found["worker"] = process
-            elif "app.engine.child" in line:
-                found["child"] = process
+            with suppress(psutil.NoSuchProcess):  # it ended in this moment, or is a zombie
+                line = " ".join(process.cmdline())
+                if " worker" in line:
+                    found["worker"] = process
+                elif "app.engine.child" in line:
+                    found["child"] = process
         return found
 
     def _if_final(self, job: str) -> dict[str, Any] | None:

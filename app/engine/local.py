@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import IO, Any
 
 from app.engine.executor import Stopped, T, TaskFailed
 from app.errors import WorkerLost, problem
@@ -49,28 +49,39 @@ class Child:
 
     def ask(self, line: bytes, *, stop: Callable[[], bool]) -> dict[str, Any] | None:
         """The answer to one task, or None if the child died over it. Raises Stopped, after killing it, when `stop` says so."""
-        process = self.start()
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(line + b"\n")
-            process.stdin.flush()
-            self._await(process, stop)
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = b""
+            answer = _exchange(self.start(), line + b"\n", stop)
+        except BaseException:
+            self.kill()  # whatever ended the wait: the answer still to come must not be taken for the next task's
+            raise
         if not answer.endswith(b"\n"):
             self.kill()
             return None
         parsed: dict[str, Any] = json.loads(answer)
         return parsed
 
-    def _await(self, process: subprocess.Popen[bytes], stop: Callable[[], bool]) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout or -1, selectors.EVENT_READ)
-            while not selector.select(_STOP_POLL_S):
-                if stop():
-                    self.kill()
-                    raise Stopped
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes, stop: Callable[[], bool]) -> bytes:
+    """One line there, one line back; what comes back ends without a newline if the process died. Raises Stopped."""
+    assert process.stdin is not None and process.stdout is not None
+    os.set_blocking(process.stdin.fileno(), False)  # a process that still imports reads nothing, and may have to be stopped
+    try:
+        rest = memoryview(line)
+        while rest:
+            _await(process.stdin, selectors.EVENT_WRITE, stop)
+            rest = rest[os.write(process.stdin.fileno(), rest) :]
+        _await(process.stdout, selectors.EVENT_READ, stop)
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return b""
+
+
+def _await(pipe: IO[bytes], event: int, stop: Callable[[], bool]) -> None:
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, event)
+        while not selector.select(_STOP_POLL_S):
+            if stop():
+                raise Stopped
 
 
 @dataclass(frozen=True, slots=True)

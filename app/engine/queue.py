@@ -35,12 +35,13 @@ class JobQueue:
         """The job of this recipe: the one that is under way or done, or a new attempt if there is none or it failed.
 
         The workflow is enqueued before the job is recorded: a crash between the two loses nothing, because the worker
-        records a job it does not find.
+        records a job it does not find. A job under way is enqueued again, which does nothing unless a power cut took the
+        last commits of one database and not of the other.
         """
         jobs, digest = self.services.jobs, recipe.digest
         known = jobs.get(digest)
         attempt = 1 if known is None else known.attempt + self._must_run_again(known)
-        if known is None or attempt > known.attempt:
+        if known is None or attempt > known.attempt or known.state not in FINAL:
             self.client.enqueue(
                 {
                     "workflow_name": WORKFLOW,
@@ -64,8 +65,7 @@ class JobQueue:
 
     def cancel(self, job: Job) -> None:
         """Stop a job that is not final: the worker sees its state and kills what runs. Cancelling again does nothing."""
-        if job.state not in FINAL:
-            self.services.jobs.finish(job.id, job.attempt, "cancelled")
+        if self.services.jobs.finish(job.id, job.attempt, "cancelled"):
             self.client.cancel_workflow(workflow_id(str(job.id), job.attempt))
 
     def close(self) -> None:

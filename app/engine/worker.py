@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,19 @@ from app.services import Services
 from app.settings import Settings
 from storage.database import connect
 from storage.digest import Digest
-from storage.jobs import FINAL
+from storage.jobs import FINAL, Job
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _MAX_RECOVERY_ATTEMPTS = 10  # starts of one job that ended in the worker's death; more is the job's own doing
 _HOUSEKEEPING_S = 5.0
+_PAGE = 200
+_UNEXPECTED = make_problem(500, "internal-error", "the workflow ended unexpectedly; the worker's log has the details")
+_ENDED: Mapping[str, Mapping[str, Any]] = {
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": problem(WorkerLost(_MAX_RECOVERY_ATTEMPTS)),
+    **dict.fromkeys(("ERROR", "SUCCESS", "CANCELLED"), _UNEXPECTED),
+}
 
 
 def run_worker(settings: Settings, *, supervised: bool = False) -> None:
@@ -39,18 +45,29 @@ def run_worker(settings: Settings, *, supervised: bool = False) -> None:
     Jobs under way when it stops, or is killed, are taken up by the next worker with the same BRAID_WORKER_ID.
     """
     stopped = threading.Event()
+    _stop_on_signals(stopped, supervised=supervised)  # first of all: the supervisor may be killed while we start
     services = Services.open(settings)
     with _only_one(services):
         migrate(services)
         pool = open_pool(settings, available(settings.devices))
+        # No unwinding from here: to stop is to crash, which is what every job is built to survive. Children end with our
+        # pipes. Returning would free our name for another worker while DBOS's threads still run our jobs.
+        os._exit(_work(services, pool, stopped))
+
+
+def _work(services: Services, pool: LocalPool, stopped: threading.Event) -> int:
+    """Exit code: 0 if told to stop."""
+    worker_id = services.settings.worker_id
+    try:
         _launch(services, pool)
-        _stop_on_signals(stopped, supervised=supervised)
-        log.info("worker %s takes jobs on %s", settings.worker_id, ", ".join(pool.devices))
+        log.info("worker %s takes jobs on %s", worker_id, ", ".join(pool.devices))
         while not stopped.wait(_HOUSEKEEPING_S):
-            _bury_poisoned(services)
-        log.info("worker %s stopped", settings.worker_id)
-        # No unwinding: to stop is to crash, which is what every job is built to survive. Children end with our pipes.
-        os._exit(0)
+            _bury(services)
+    except Exception:
+        log.exception("worker %s gives up", worker_id)
+        return 1
+    log.info("worker %s stopped", worker_id)
+    return 0
 
 
 @contextmanager
@@ -92,14 +109,11 @@ def _register(services: Services, pool: LocalPool) -> None:
         with pool.lease() as executor:
             run = _run(services, recipe, attempt, executor)
             try:
-                return _steps(run)
+                return _steps(run, attempt)
             except TaskFailed as failure:
                 _fail(run, attempt, failure.problem)
             except Stopped:
                 log.info("job %s cancelled", job)
-            except Exception as error:
-                log.exception("job %s failed", job)
-                _fail(run, attempt, problem(error))
         return None
 
 
@@ -116,54 +130,79 @@ def _run(services: Services, recipe: Recipe, attempt: int, executor: Any) -> Run
     return Run(services, recipe, executor, report, stop)
 
 
-def _steps(run: Run) -> str:
+def _steps(run: Run, attempt: int) -> str:
     job = run.recipe.digest
     log.info("job %s started: %s of %d adapters", job, run.recipe.method, len(run.recipe.adapters))
     step = _step
     inputs = [Digest.parse(d) for d in step("fetch", lambda: [str(d) for d in stages.fetch(run)])]
     shards = step("merge", lambda: stages.to_json(stages.merge(run, inputs)))
     adapter = step("assemble", lambda: str(stages.assemble(run, inputs, stages.from_json(shards))))
-    step("publish", lambda: _publish(run, Digest.parse(adapter)))
-    log.info("job %s succeeded: %s", job, adapter)
+    if step("publish", lambda: stages.publish(run.services, run.recipe, Digest.parse(adapter), attempt=attempt)):
+        log.info("job %s succeeded: %s", job, adapter)
     return str(adapter)
 
 
-def _step(name: str, body: Any) -> Any:
-    return DBOS.run_step({"name": name}, body)
+def _step(name: str, body: Callable[[], Any]) -> Any:
+    """What the body gives. Raises Stopped, and TaskFailed for any other error.
+
+    A problem is kept as the step's outcome: an error that DBOS kept would come back from a crash as one of its own.
+    """
+    outcome = DBOS.run_step({"name": name}, lambda: _outcome(body))
+    if "problem" in outcome:
+        raise TaskFailed(outcome["problem"])
+    return outcome["done"]
 
 
-def _publish(run: Run, adapter: Digest) -> None:
-    stages.publish(run.services, run.recipe, adapter)
-    known = run.services.jobs.get(run.recipe.digest)
-    if known is not None:
-        run.services.jobs.finish(known.id, known.attempt, "succeeded")
+def _outcome(body: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"done": body()}
+    except Stopped:
+        raise
+    except TaskFailed as failure:
+        return {"problem": failure.problem}
+    except Exception as error:
+        described = problem(error)
+        ours = described["status"] == 500
+        log.log(logging.ERROR if ours else logging.INFO, "step failed: %s", error, exc_info=ours)
+        return {"problem": described}
 
 
 def _fail(run: Run, attempt: int, described: Mapping[str, Any]) -> None:
-    log.info("job %s failed: %s", run.recipe.digest, described.get("detail"))
-    run.services.jobs.finish(run.recipe.digest, attempt, "failed", described)
+    if run.services.jobs.finish(run.recipe.digest, attempt, "failed", described):
+        log.info("job %s failed: %s", run.recipe.digest, described.get("detail"))
 
 
-def _bury_poisoned(services: Services) -> None:
-    """Jobs that DBOS gave up on, because every worker that took them died, become failed jobs."""
-    lost = problem(WorkerLost(_MAX_RECOVERY_ATTEMPTS))
-    for job in services.jobs.page(limit=100, states=("running", "queued")):
-        status = DBOS.get_workflow_status(workflow_id(str(job.id), job.attempt))
-        if status is not None and status.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
-            services.jobs.finish(job.id, job.attempt, "failed", lost)
-        elif status is not None and status.status == "ERROR":
-            described = make_problem(500, "internal-error", "the workflow ended unexpectedly; the worker's log has the details")
-            services.jobs.finish(job.id, job.attempt, "failed", described)
+def _bury(services: Services) -> None:
+    """Jobs that are not final though their workflow has ended become failed jobs, to be asked for again.
+
+    DBOS gave up because every worker that took them died; or a power cut took the last commits of one database only.
+    A workflow ends after its job, so this never overtakes a job that is about to end well.
+    """
+    for page in _active(services):
+        known = {workflow_id(str(job.id), job.attempt): job for job in page}
+        found = DBOS.list_workflows(workflow_ids=list(known), status=list(_ENDED), load_input=False, load_output=False)
+        for status in found:
+            job = known[status.workflow_id]
+            services.jobs.finish(job.id, job.attempt, "failed", _ENDED[status.status])
+
+
+def _active(services: Services) -> Iterator[Sequence[Job]]:
+    """All jobs that are not final, a page at a time."""
+    after = None
+    while page := services.jobs.page(limit=_PAGE, after=after, states=("running", "queued")):
+        yield page
+        after = (page[-1].created_at, str(page[-1].id))
 
 
 def _stop_on_signals(stopped: threading.Event, *, supervised: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     if supervised:
-        threading.Thread(target=_stop_at_end_of_input, args=(stopped,), daemon=True).start()
+        threading.Thread(target=_end_with_input, daemon=True).start()
 
 
-def _stop_at_end_of_input(stopped: threading.Event) -> None:
+def _end_with_input() -> None:
     """A supervised worker holds the other end of its supervisor's pipe, so it ends when the supervisor is killed."""
     sys.stdin.read()
-    stopped.set()
+    log.info("worker stopped with its supervisor")
+    os._exit(0)

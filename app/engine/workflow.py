@@ -46,7 +46,7 @@ def fetch(run: Run) -> tuple[Digest, ...]:
 def merge(run: Run, inputs: Sequence[Digest]) -> tuple[Descriptor, ...]:
     """All shards in order; those that an earlier attempt has finished, and whose blobs are still whole, are not run again."""
     planned = plan_for(run.services, run.recipe, inputs)
-    finished = _finished(run)
+    finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
     todo = [_shard_task(run.recipe, inputs, planned, n) for n in range(len(planned.shards)) if n not in finished]
@@ -68,12 +68,19 @@ def assemble(run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor]) -
     return descriptor.digest
 
 
-def publish(services: Services, recipe: Recipe, adapter: Digest) -> None:
-    """Make the result known under its recipe; the shards are no longer needed."""
+def publish(services: Services, recipe: Recipe, adapter: Digest, *, attempt: int | None = None) -> bool:
+    """Make the result known under its recipe; the shards are no longer needed.
+
+    attempt: of the job that ends as succeeded with it, at once; False if that job is final already, for then it was cancelled,
+    and nothing is made known. None if there is no job.
+    """
     opened = OpenAdapter.open(services.blobs, adapter)
     record = ingest.describe_merged(services, opened.manifest, adapter, opened.spec)
+    if attempt is not None:
+        return services.jobs.succeed(recipe.digest, attempt, record, opened.manifest.inputs)
     services.index.publish(recipe.digest, record, opened.manifest.inputs)
     services.jobs.drop_shards(recipe.digest)
+    return True
 
 
 def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:
@@ -90,16 +97,19 @@ def run_all(run: Run) -> Digest:
     return adapter
 
 
-def _finished(run: Run) -> dict[int, Descriptor]:
+def _finished(run: Run, planned: Plan) -> dict[int, Descriptor]:
     known = run.services.jobs.shards(run.recipe.digest)
-    return {number: shard for number, shard in known.items() if _is_whole(run.services, shard)}
+    cut = dict(enumerate(planned.shards))
+    return {number: shard for number, shard in known.items() if _is_whole(run.services, shard, cut.get(number, ()))}
 
 
-def _is_whole(services: Services, shard: Descriptor) -> bool:
-    if services.blobs.stat(shard.digest) is None:
+def _is_whole(services: Services, shard: Descriptor, modules: Sequence[str]) -> bool:
+    """All there, and of just these modules: an earlier run with another BRAID_SHARD_BYTES has cut the merge differently."""
+    if services.blobs.stat(shard.digest) != shard.size_bytes:
         return False
-    tensors = adapters.read_shard(services.blobs, shard).tensors
-    return services.blobs.stat(tensors.digest) == tensors.size_bytes
+    stored = adapters.read_shard(services.blobs, shard)
+    merged = [report.module for report in stored.reports]
+    return merged == list(modules) and services.blobs.stat(stored.tensors.digest) == stored.tensors.size_bytes
 
 
 def _shard_task(recipe: Recipe, inputs: Sequence[Digest], planned: Plan, number: int) -> ShardTask:

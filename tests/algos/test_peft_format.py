@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from making import make
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 
+from making import make
 from merge_algos.formats import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*did not match any targeted module")

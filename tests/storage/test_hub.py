@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import hf_hub_download, snapshot_download
 
+from hub_server import HubServer
 from storage.digest import Digest
 from storage.errors import (
     GatedRepo,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Fault, HubServer
 
+from hub_server import Fault, HubServer
 from storage.digest import Descriptor, Digest
 from storage.errors import BlobTooLarge, DigestMismatch, GatedRepo, HubUnavailable, NotAnAdapter, StorageError
 from storage.files import FileBlobs
