@@ -30,9 +30,7 @@ DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where everything is kept [default: BRAID_DATA_DIR or ~/.braid].")
 ]
 Url = Annotated[str | None, typer.Option("--url", help="Use this server instead of working in this process.")]
-HubToken = Annotated[
-    str | None, typer.Option("--hub-token", envvar="HF_TOKEN", help="Your Hub token, for private and gated adapters.")
-]
+HubToken = Annotated[str | None, typer.Option("--hub-token", help="Your Hub token, for private and gated adapters.")]
 
 
 @app.command()
@@ -46,9 +44,9 @@ def serve(
 
     Example: `braid serve --port 8000 --data-dir ./data`
     """
+    settings = _settings(host=host, port=port, data_dir=data_dir)
     from app.server import run_server
 
-    settings = _settings(host=host, port=port, data_dir=data_dir)
     with _problems_told():
         run_server(settings, worker=worker, say=out.print)
 
@@ -62,10 +60,10 @@ def worker(
 
     Example: `BRAID_WORKER_ID=gpu-1 BRAID_DEVICES=cuda:0,cuda:1 braid worker --data-dir ./data`
     """
-    from app.engine.worker import run_worker
-
     settings = _settings(data_dir=data_dir)
     _log(settings)
+    from app.engine.worker import run_worker
+
     with _problems_told():
         run_worker(settings, supervised=supervised)
 
@@ -193,7 +191,8 @@ def _settings(**given: Any) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         for wrong in error.errors(include_url=False, include_input=False):
-            err.print(f"BRAID_{'.'.join(map(str, wrong['loc'])).upper()}: {wrong['msg']}", style="red", markup=False)
+            setting = f"BRAID_{'.'.join(map(str, wrong['loc'])).upper()}"
+            err.print(f"error: {setting}: {wrong['msg']}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -203,16 +202,26 @@ def _log(settings: Settings) -> None:
 
 @contextmanager
 def _problems_told() -> Iterator[None]:
-    """A refusal is a sentence and exit code 2, never a traceback; a defect of ours keeps its traceback."""
+    """A refusal is a sentence and exit code 2, never a traceback; a defect of ours keeps its traceback.
+
+    What the system refuses (a port in use, a file that is not there, a full disk) is a refusal too.
+    """
     from app.client import Refused
     from app.errors import STATUS
 
-    refusals: tuple[type[Exception], ...] = (Refused, *STATUS)
+    refusals: tuple[type[Exception], ...] = (Refused, OSError, *STATUS)
     try:
         yield
     except refusals as error:
-        err.print(f"error: {error}", style="red", markup=False)
+        err.print(f"error: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    """The system's own text has an error number where people look for the reason."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def main() -> None:

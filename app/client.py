@@ -64,15 +64,25 @@ class Client:
                     yield json.loads(line.removeprefix("data:"))
 
     def download(self, link: str, target: Path) -> None:
-        with self.http.stream("GET", link) as response, target.open("wb") as file:
+        with self.http.stream("GET", link) as response:
             if response.status_code != 200:
-                raise Refused({"detail": f"{link} answered {response.status_code}"})
-            for chunk in response.iter_bytes():
-                file.write(chunk)
+                response.read()
+                raise Refused(_problem(response))
+            with target.open("wb") as file:
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
 
     def _json(self, method: str, path: str, **content: Any) -> dict[str, Any]:
         response = self.http.request(method, path, **content)
+        if not response.is_success or response.headers.get("content-type") != "application/json":
+            raise Refused(_problem(response))
         answer: dict[str, Any] = response.json()
-        if response.status_code >= 400:
-            raise Refused(answer)
         return answer
+
+
+def _problem(response: httpx2.Response) -> dict[str, Any]:
+    """The problem of an answer; one of our own words where something else than Braid answered."""
+    if response.headers.get("content-type") == "application/problem+json":
+        problem: dict[str, Any] = response.json()
+        return problem
+    return {"detail": f"{response.url} answered {response.status_code} and is no Braid server"}

@@ -18,18 +18,20 @@ from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
 from app.engine.workflow import Run, run_all
-from app.errors import InvalidField, UnknownAdapter
+from app.errors import InvalidField
 from app.resolve import resolve
 from app.schemas import MergeRequest
 from app.services import Services
 from app.settings import Settings
 from app.views import certificate
 from storage.digest import Digest
+from storage.errors import BadSource
 from storage.gc import collect
 from storage.sources.hub import HubRef
 from storage.verify import verify
 
 _CHUNK_BYTES = 1024 * 1024
+_PAGE = 200
 
 
 def build_request(
@@ -45,16 +47,18 @@ def build_request(
     request |= {name: value for name, value in flags.items() if value is not None}
     if sources:
         request["adapters"] = [{"source": source} for source in sources]
+    if not request.get("adapters"):
+        raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
+    if rank is not None:
+        request["rank"] = _rank(rank)
+    parse_request(request)  # what comes from the file is known to have its shape from here on
     if weights:
-        if len(weights) != len(request.get("adapters", [])):
-            raise InvalidField("--weight", f"{len(weights)} weights for {len(request.get('adapters', []))} adapters")
+        if len(weights) != len(request["adapters"]):
+            raise InvalidField("--weight", f"{len(weights)} weights for {len(request['adapters'])} adapters")
         request["adapters"] = [{**item, "weight": w} for item, w in zip(request["adapters"], weights, strict=True)]
     if parameters:
         request["parameters"] = request.get("parameters", {}) | dict(_parameter(text) for text in parameters)
-    if rank is not None:
-        request["rank"] = _rank(rank)
-    if not request.get("adapters"):
-        raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
+    parse_request(request)
     return request
 
 
@@ -84,12 +88,12 @@ def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Con
         stored = [{**item, "source": _there(client, item["source"])} for item in request["adapters"]]
         job = follow(client, client.merge({**request, "adapters": stored}), console)
         save_result(client, job, output)
-        found: dict[str, Any] = job["certificate"]
-        return found
+    found: dict[str, Any] = json.loads((output / "report.json").read_text())
+    return found
 
 
 def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Show a job's progress until it ends; the job with its certificate. Raises Refused unless it succeeded."""
+    """Show a job's progress until it ends; the job as it ended. Raises Refused unless it succeeded."""
     with progress_bar(console) as report:
         for event in client.follow(job["id"]):
             report(event["progress"]["stage"], event["progress"]["done"], event["progress"]["total"])
@@ -115,19 +119,21 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
 
 
 def import_here(settings: Settings, source: str, name: str | None, *, token: str | None) -> str:
+    """The id of the adapter in a directory or on the Hub, now in this store. Raises BadSource, and the errors of both."""
     services = Services.open(settings)
     if Path(source).is_dir():
         adapter = Digest.parse(_here(services, source))
     elif source.startswith("hub:"):
         adapter = ingest.obtain(services, HubRef.parse(source.removeprefix("hub:")), token=token).id
     else:
-        raise UnknownAdapter(source)
+        raise BadSource(source, "it is neither a directory nor hub:org/name[/subfolder][@revision]")
     if name is not None:
         services.index.set_name(name, adapter)
     return str(adapter)
 
 
 def import_there(url: str, source: str, name: str | None, *, token: str | None) -> str:
+    """The same on a server, which the directory is uploaded to. Raises Refused."""
     with Client.connect(url, token=token) as client:
         added = client.upload(Path(source), name) if Path(source).is_dir() else client.import_hub(source, name)
     return str(added["id"])
@@ -161,7 +167,7 @@ def parse_request(body: Mapping[str, Any]) -> MergeRequest:
 
 
 def _live(services: Services) -> Iterator[Digest]:
-    for adapter in services.index.adapters():
+    for adapter in (*services.index.adapters(), *_in_use(services)):
         yield adapter
         if services.blobs.stat(adapter) is not None:
             yield from (part.digest for part in read_manifest(services.blobs, adapter).parts.values())
@@ -169,6 +175,15 @@ def _live(services: Services) -> Iterator[Digest]:
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:
             yield read_shard(services.blobs, shard).tensors.digest
+
+
+def _in_use(services: Services) -> Iterator[Digest]:
+    """Inputs of jobs under way: they may have been forgotten since, but the job was promised them."""
+    after = None
+    while page := services.jobs.page(limit=_PAGE, after=after, states=("queued", "running")):
+        sources = (str(item["source"]) for job in page for item in job.recipe["adapters"])
+        yield from (Digest.parse(source) for source in sources if source.startswith("sha256:"))
+        after = (page[-1].created_at, str(page[-1].id))
 
 
 def _here(services: Services, source: str) -> str:

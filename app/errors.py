@@ -1,4 +1,16 @@
-"""The one table from exceptions to RFC 9457 problems. Routes, the worker and the command line all speak through it."""
+"""The one table from exceptions to RFC 9457 problems. Routes, the worker and the command line all speak through it.
+
+RequestError
+├── UnknownAdapter        no adapter of that id or name is in the store
+├── UnknownJob            no job of that id
+├── UnknownPart           the adapter has no file of that name
+├── InvalidField          a field, flag or setting has a value that cannot be used
+├── BadUpload             the form lacks a file, or has one more
+├── UnsupportedMediaType  the body is neither JSON nor, where that is taken, a form
+├── NotReady              a part of the service cannot be used
+├── WorkerLost            the process of a job died too often
+└── WorkerBusy            another worker of that name runs on this data directory
+"""
 
 import dataclasses
 import errno
@@ -59,9 +71,10 @@ class BadUpload(RequestError):
 @dataclass(eq=False)
 class UnsupportedMediaType(RequestError):
     media_type: str
+    accepted: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.media_type[:100]!r} is not accepted here; send application/json or multipart/form-data"
+        return f"{self.media_type[:100]!r} is not accepted here; send {' or '.join(self.accepted)}"
 
 
 @dataclass(eq=False)

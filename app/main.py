@@ -1,7 +1,8 @@
 """The application: routers, lifespan, error handlers, limits and metrics. No logic."""
 
+import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,16 +17,22 @@ from app.errors import STATUS, make_problem, problem
 from app.limits import BodyLimit
 from app.metrics import JobMetrics, RequestMetrics
 from app.routes import adapters, health, jobs, merge, methods
-from app.schemas import Problem
+from app.schemas import problems
 from app.services import Services
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_PROBLEM = "application/problem+json"
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    code: {"model": Problem, "description": "a problem (RFC 9457)"} for code in (400, 404, 413, 422)
-}
+_KINDS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 416: "range-not-satisfiable"}
+
+
+class ProblemResponse(JSONResponse):
+    """RFC 9457, in ASCII: what a caller sent and reads back here may be text that no encoding can hold."""
+
+    media_type = "application/problem+json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -40,7 +47,11 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.queue.close()
 
     app = FastAPI(
-        title="Braid", summary="Merge LoRA adapters, certified.", version="0.1.0", lifespan=lifespan, responses=_RESPONSES
+        title="Braid",
+        summary="Merge LoRA adapters, certified.",
+        version="0.1.0",
+        lifespan=lifespan,
+        responses=problems(400, 404, 413, 422),
     )
     app.state.metrics = CollectorRegistry()
     for module in (merge, jobs, adapters, methods, health):
@@ -56,31 +67,36 @@ def _handle_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(OSError, _answer_system)
     app.add_exception_handler(Exception, _answer)
 
 
-async def _answer(_request: Request, error: Exception) -> JSONResponse:
+async def _answer(_request: Request, error: Exception) -> ProblemResponse:
     return _respond(problem(error))
 
 
-async def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_invalid(_request: Request, error: Exception) -> ProblemResponse:
     """Every field that is wrong, by its path; values are not repeated, they may be NaN or a secret."""
     assert isinstance(error, RequestValidationError)
     wrong = [{"field": ".".join(str(part) for part in e["loc"]), "detail": e["msg"]} for e in error.errors()]
-    malformed = any(e["type"] in {"json_invalid", "missing_body"} for e in error.errors())
+    malformed = any(e["type"] == "json_invalid" for e in error.errors())
     detail = "; ".join(f"{e['field']}: {e['detail']}" for e in wrong[:5])
     return _respond(make_problem(400 if malformed else 422, "invalid-request", detail, errors=wrong))
 
 
-async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_http(_request: Request, error: Exception) -> ProblemResponse:
     assert isinstance(error, HTTPException)
-    kind = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large"}.get(error.status_code, "bad-request")
+    kind = _KINDS.get(error.status_code, "bad-request")
     return _respond(make_problem(error.status_code, kind, str(error.detail)), error.headers)
 
 
-def _respond(described: dict[str, object], headers: object = None) -> JSONResponse:
-    status = described["status"]
-    assert isinstance(status, int)
-    return JSONResponse(
-        described, status_code=status, media_type=_PROBLEM, headers=headers if isinstance(headers, dict) else None
-    )
+async def _answer_system(_request: Request, error: Exception) -> ProblemResponse:
+    """A full disk, wherever it shows, is an answer; anything else the system refuses is a defect of ours and is logged."""
+    described = problem(error)
+    if described["status"] == 500:
+        raise error
+    return _respond(described)
+
+
+def _respond(described: dict[str, Any], headers: Mapping[str, str] | None = None) -> ProblemResponse:
+    return ProblemResponse(described, status_code=described["status"], headers=headers)

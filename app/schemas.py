@@ -1,9 +1,10 @@
 """The wire: what callers send and get, as pydantic models. Parsed once here, never validated again inside."""
 
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from app.recipe import Dtype, Profile
 
@@ -11,13 +12,17 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 # a namespace and a name, as on the Hub; never a path component of ours
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Pattern = Annotated[str, StringConstraints(max_length=512)]
 SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
 
 
 class Body(BaseModel):
-    """What callers send: unknown fields are refused, since a misspelt one would otherwise be silently without effect."""
+    """What callers send: unknown fields are refused, since a misspelt one would otherwise be silently without effect.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Strict: `"rank": true` is a mistake, not rank 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class AdapterInput(Body):
@@ -26,7 +31,7 @@ class AdapterInput(Body):
     weight: Finite | None = Field(
         default=None, description="mixing coefficient of any sign; give it for all adapters or for none (then 1/n each)"
     )
-    weights_by_module: dict[str, Finite] = Field(
+    weights_by_module: dict[Pattern, Finite] = Field(
         default={}, max_length=100, description="pattern found in the module's name -> weight there"
     )
 
@@ -36,13 +41,21 @@ class EnergyRank(Body):
     max: int | None = Field(default=None, ge=1, description="at most this rank")
 
 
+def _rank_kind(value: object) -> str:
+    return "energy" if isinstance(value, dict | EnergyRank) else "integer"
+
+
+# told apart before they are checked, so that a problem names the one field that is wrong
+RankRequest = Annotated[
+    Annotated[int, Field(ge=1), Tag("integer")] | Annotated[EnergyRank, Tag("energy")], Discriminator(_rank_kind)
+]
+
+
 class MergeRequest(Body):
     method: str = Field(default="task_arithmetic", max_length=100, description="see GET /methods")
     parameters: dict[str, Any] = Field(default={}, description="the method's own parameters")
     adapters: list[AdapterInput] = Field(min_length=1, max_length=256)
-    rank: Annotated[int, Field(ge=1)] | EnergyRank | None = Field(
-        default=None, description="an integer, an energy, or null: exact"
-    )
+    rank: RankRequest | None = Field(default=None, description="an integer, an energy, or null: exact")
     dtype: Dtype = Field(default="auto", description="of the result; auto is the widest among the inputs")
     seed: int = Field(default=0, ge=0, lt=2**63)
     profile: Profile = Field(
@@ -66,6 +79,12 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of answers that are problems."""
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 class Progress(BaseModel):

@@ -44,6 +44,7 @@ def certificate(services: Services, adapter: Digest) -> dict[str, Any] | None:
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:
+    """An adapter with the first of its names. What a private one is called is no secret here, its files are."""
     names = services.index.names_of(record.id)
     merged = record.source.kind == "merge"
     return AdapterView(

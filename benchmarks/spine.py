@@ -159,7 +159,8 @@ def io(pid: int) -> dict[str, int]:
 
 
 def as_table(rows: list[Row], args: argparse.Namespace) -> Table:
-    title = f"{args.adapters} adapters of rank {args.rank}, {args.dtype}, {args.layers} layers x {{4096², 4096x11008}}, {os.cpu_count()} cores"
+    made = f"{args.adapters} adapters of rank {args.rank}, {args.dtype}"
+    title = f"{made}, {args.layers} layers x {{4096², 4096x11008}}, {os.cpu_count()} cores"
     table = Table(title=title, caption="copy: reading the inputs and the result and writing those bytes once, same run")
     for heading in (
         "case",

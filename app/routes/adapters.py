@@ -2,27 +2,28 @@
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterator
-from enum import StrEnum
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
 
 from app import ingest
 from app.adapters import read_manifest
 from app.errors import BadUpload, UnknownAdapter, UnknownPart, UnsupportedMediaType
-from app.routes.deps import Cursor, Limit, UsesServices, UsesToken, make_cursor, parse_cursor
-from app.schemas import AdapterList, AdapterView, ImportRequest
+from app.routes.deps import Cursor, Limit, UsesServices, UsesToken, make_cursor, media_type, parse_cursor
+from app.routes.ranges import settle_range
+from app.schemas import AdapterList, AdapterView, ImportRequest, problems
 from app.services import Services
 from app.views import adapter_view
 from storage.digest import Descriptor, Digest
 from storage.errors import BadSource
 from storage.index import AdapterRecord
+from storage.manifest import MEDIA_TENSORS
 from storage.sources.hub import HubRef
 
 router = APIRouter(tags=["adapters"])
@@ -47,26 +48,31 @@ _BODY = {
 }
 
 
-class Part(StrEnum):
-    """The files of an adapter. Only these are ever looked up, whatever the path says."""
+_FILES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, MEDIA_TENSORS: {}, "text/markdown": {}}},
+    206: {"description": "the range asked for"},
+    304: {"description": "the copy at hand is the file"},
+    **problems(401, 403, 416, 502),
+}
 
-    weights = "adapter_model.safetensors"
-    config = "adapter_config.json"
-    report = "report.json"
-    card = "README.md"
 
-
-@router.post("/adapters", status_code=201, response_model=AdapterView, openapi_extra=_BODY)
+@router.post(
+    "/adapters",
+    status_code=201,
+    response_model=AdapterView,
+    openapi_extra=_BODY,
+    responses=problems(401, 403, 415, 502, 507),
+)
 async def add_adapter(request: Request, response: Response, services: UsesServices, token: UsesToken) -> AdapterView:
     """Import from the Hub (JSON), or upload `adapter_config.json` and `adapter_model.safetensors` (multipart)."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "application/json":
+    kind = media_type(request)
+    if kind == "application/json":
         asked = _parse(await request.body())
         record, name = await asyncio.to_thread(_import, services, asked, token), asked.name
-    elif media_type == "multipart/form-data":
+    elif kind == "multipart/form-data":
         record, name = await _upload(request, services)
     else:
-        raise UnsupportedMediaType(media_type)
+        raise UnsupportedMediaType(kind, ("application/json", "multipart/form-data"))
     response.headers["Location"] = f"/adapters/{record.id}"
     return await asyncio.to_thread(_named, services, record, name)
 
@@ -92,11 +98,12 @@ def forget_adapter(adapter_id: str, services: UsesServices) -> None:
     services.index.forget(_get(services, adapter_id).id)
 
 
-@router.get("/adapters/{adapter_id}/{part}", response_class=FileResponse)
-@router.head("/adapters/{adapter_id}/{part}", response_class=FileResponse)
+@router.get("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=_FILES)
+@router.head("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=_FILES)
 def download(
+    request: Request,
     adapter_id: str,
-    part: Part,
+    part: str,
     services: UsesServices,
     token: UsesToken,
     if_none_match: Annotated[str | None, Header()] = None,
@@ -104,14 +111,15 @@ def download(
     """One file. The ETag is its sha256; ranges work; a private source is checked again with the caller's token."""
     record = _get(services, adapter_id)
     ingest.check_access(services, record, token=token)
-    blob = read_manifest(services.blobs, record.id).parts.get(part.value)
+    blob = read_manifest(services.blobs, record.id).parts.get(part)
     if blob is None:
-        raise UnknownPart(part.value)
+        raise UnknownPart(part)
     headers = _headers(blob, private=bool(record.restricted))
     if _matches(if_none_match, headers["etag"]):
         return Response(status_code=304, headers=headers)
+    settle_range(request, blob.size_bytes, etag=headers["etag"])
     path = services.blobs.path(blob.digest)
-    return FileResponse(path, media_type=blob.media_type, headers=headers, filename=part.value)
+    return FileResponse(path, media_type=blob.media_type, headers=headers, filename=part)
 
 
 def _parse(body: bytes) -> ImportRequest:
@@ -129,19 +137,25 @@ def _import(services: Services, asked: ImportRequest, token: str | None) -> Adap
 
 
 async def _upload(request: Request, services: Services) -> tuple[AdapterRecord, str | None]:
-    try:
-        async with request.form(max_files=len(_PARTS), max_fields=1) as form:
-            files = [_file(form, part) for part in _PARTS]
-            name = form.get("name")
-            checked = _parse_name(name) if isinstance(name, str) else None
-            record = await asyncio.to_thread(ingest.import_upload, services, *(_chunks(file.file) for file in files))
-            return record, checked
-    except MultiPartException as error:
-        raise BadUpload(error.message) from error
+    async with request.form(max_files=len(_PARTS), max_fields=1) as form:
+        _refuse_unknown(form)
+        files = [_file(form, part) for part in _PARTS]
+        name = _name(form)
+        record = await asyncio.to_thread(ingest.import_upload, services, *(_chunks(file.file) for file in files))
+        return record, name
 
 
-def _parse_name(name: str) -> str | None:
-    return _parse(ImportRequest.model_construct(source="upload", name=name).model_dump_json().encode()).name
+def _refuse_unknown(form: FormData) -> None:
+    for field in form:
+        if field not in {*_PARTS, "name"}:
+            raise BadUpload(f"the field {field[:100]!r} is unknown; there are {', '.join(_PARTS)} and name")
+
+
+def _name(form: FormData) -> str | None:
+    found = form.get("name")
+    if isinstance(found, UploadFile):
+        raise BadUpload("name is text, not a file")
+    return None if found is None else _parse(json.dumps({"source": "upload", "name": found}).encode()).name
 
 
 def _file(form: FormData, part: str) -> UploadFile:

@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.errors import NotReady
 from app.routes.deps import UsesQueue, UsesServices
-from app.schemas import Health
+from app.schemas import Health, problems
 
 router = APIRouter(tags=["operations"])
 
@@ -18,7 +18,7 @@ def healthz() -> Health:
     return Health(status="ok")
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=problems(503))
 def readyz(services: UsesServices, queue: UsesQueue) -> Health:
     """The index, the job database and the store can be used; else 503 naming the part."""
     checks: dict[str, Callable[[], object]] = {
@@ -34,7 +34,7 @@ def readyz(services: UsesServices, queue: UsesQueue) -> Health:
     return Health(status="ok")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request) -> Response:
     """Prometheus text format."""
     return Response(generate_latest(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)

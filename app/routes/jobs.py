@@ -7,12 +7,14 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from app import ingest
 from app.errors import UnknownJob
-from app.routes.deps import Cursor, Limit, UsesQueue, UsesServices, make_cursor, parse_cursor
-from app.schemas import JobList, JobView
+from app.routes.deps import Cursor, Limit, UsesQueue, UsesServices, UsesToken, make_cursor, parse_cursor
+from app.schemas import JobList, JobView, Progress
 from app.services import Services
 from app.views import job_view
 from storage.digest import Digest
+from storage.errors import HubError
 from storage.jobs import FINAL, Job, JobEvent
 
 router = APIRouter(tags=["jobs"])
@@ -32,9 +34,13 @@ def list_jobs(services: UsesServices, limit: Limit = 50, cursor: Cursor = None) 
 
 
 @router.get("/jobs/{job_id}")
-def show_job(job_id: str, services: UsesServices) -> JobView:
-    """State, progress, and the certificate or the problem it ended with."""
-    return job_view(services, _get(services, job_id), detail=True)
+def show_job(job_id: str, services: UsesServices, token: UsesToken) -> JobView:
+    """State, progress, and the certificate or the problem it ended with.
+
+    The certificate of a merge of private adapters is for those who may read them; for others it is null.
+    """
+    job = _get(services, job_id)
+    return job_view(services, job, detail=_may_read_result(services, job, token))
 
 
 @router.delete("/jobs/{job_id}")
@@ -62,22 +68,36 @@ async def _events(services: Services, job: Job, after: int) -> AsyncIterator[Ser
         current = await asyncio.to_thread(services.jobs.get, job.id) or job
         for event in await asyncio.to_thread(services.jobs.events, job.id, after=after):
             after = event.number
-            yield await asyncio.to_thread(_sse, services, current, event)
+            yield await asyncio.to_thread(_sse, services, job.id, event)
         if current.state in FINAL:
             return
         await asyncio.sleep(_POLL_S)
 
 
-def _sse(services: Services, job: Job, event: JobEvent) -> ServerSentEvent:
-    """A final event carries the job as it is; the others the progress of their moment."""
-    view = job_view(services, job)
-    moment = {"stage": event.stage, "done": event.done, "total": event.total}
-    shown = view if event.event in FINAL else view.model_copy(update={"state": _state(event), "progress": moment})
-    return ServerSentEvent(data=shown.model_dump_json(warnings=False), event=event.event, id=str(event.number))
+def _sse(services: Services, job: Digest, event: JobEvent) -> ServerSentEvent:
+    """The job as it was at the event; the event that ended it carries its result or problem.
+
+    The job is read anew: it may have ended after the round began, and no later round would tell.
+    """
+    view = job_view(services, _get(services, str(job)))
+    if view.state != event.event or view.attempt != event.attempt:
+        state = "running" if event.event == "progress" else event.event
+        view = view.model_copy(
+            update={"state": state, "attempt": event.attempt, "result": None, "error": None, "finished_at": None}
+        )
+    shown = view.model_copy(update={"progress": Progress(stage=event.stage, done=event.done, total=event.total)})
+    return ServerSentEvent(data=shown.model_dump_json(), event=event.event, id=str(event.number))
 
 
-def _state(event: JobEvent) -> str:
-    return "running" if event.event == "progress" else event.event
+def _may_read_result(services: Services, job: Job, token: str | None) -> bool:
+    result = services.index.result(job.id)
+    record = services.index.get(result.target) if result else None
+    try:
+        if record is not None:
+            ingest.check_access(services, record, token=token)
+    except HubError:
+        return False
+    return True
 
 
 def _get(services: Services, job_id: str) -> Job:

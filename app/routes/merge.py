@@ -3,12 +3,12 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Depends, Header, Response
 
 from app.engine.queue import JobQueue
 from app.resolve import resolve
-from app.routes.deps import UsesQueue, UsesServices, UsesToken
-from app.schemas import JobView, MergeRequest
+from app.routes.deps import UsesQueue, UsesServices, UsesToken, require_json
+from app.schemas import JobView, MergeRequest, problems
 from app.services import Services
 from app.views import job_view
 from storage.jobs import FINAL, Job
@@ -19,7 +19,12 @@ _POLL_S = 0.1
 _MAX_WAIT_S = 60.0
 
 
-@router.post("/merge", status_code=202, responses={200: {"model": JobView, "description": "the result exists"}})
+@router.post(
+    "/merge",
+    status_code=202,
+    responses={200: {"model": JobView, "description": "the result exists"}, **problems(401, 403, 409, 415, 502, 507)},
+    dependencies=[Depends(require_json)],
+)
 async def merge(
     request: MergeRequest,
     response: Response,

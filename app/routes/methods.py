@@ -1,11 +1,12 @@
 """What can be asked for: every merge method with its parameters as JSON Schema."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 
 from app.resolve import parameter_schema
 from app.schemas import MethodList, MethodView
 from app.views import method_view
 from merge_algos import methods
+from merge_algos.errors import UnknownMethod
 
 router = APIRouter(tags=["methods"])
 
@@ -17,7 +18,10 @@ def list_methods() -> MethodList:
 
 @router.get("/methods/{name}")
 def show_method(name: str) -> MethodView:
-    return _view(name)
+    try:
+        return _view(name)
+    except UnknownMethod as error:  # in a recipe it is a wrong field; here it is the address
+        raise HTTPException(404, str(error)) from error
 
 
 def _view(name: str) -> MethodView:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from laws import MODULE, SAMPLE, every_method, obeying, one_module, random_delta
 
+from laws import MODULE, SAMPLE, every_method, obeying, one_module, random_delta
 from merge_algos import Adapter, LowRankDelta, RankRule, merge
 from merge_algos.errors import (
     BaseModelMismatch,

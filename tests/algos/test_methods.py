@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from laws import (
     DTYPES,
     LAWS,
@@ -27,7 +28,6 @@ from laws import (
     regauged,
     value,
 )
-
 from merge_algos import Adapter, RankRule, merge
 from merge_algos.methods import registry
 
