@@ -121,10 +121,10 @@ def test_an_import_prints_the_id(server: Server, directories: tuple[Path, Path],
 
 def test_an_import_from_the_hub(hub_service: Server, hub: HubServer, data_dir: Path, preloaded: Preloaded) -> None:
     hub.add_repo("org/cli", hub_files(make_named("org/cli")), readers=["hf_cli"], private=True)
-    command = ("import", "hub:org/cli", "--name", "cli/hub")
-    there = preloaded(*command, "--url", hub_service.url, data_dir=data_dir, HF_TOKEN="hf_cli")
-    in_process = preloaded(*command, "--hub-token", "hf_cli", data_dir=data_dir, BRAID_HUB_ENDPOINT=hub.endpoint)
-    assert (there.returncode, there.stdout) == (0, in_process.stdout)
+    command = ("import", "hub:org/cli", "--name", "cli/hub", "--hub-token", "hf_cli")
+    there = preloaded(*command, "--url", hub_service.url, data_dir=data_dir)
+    in_process = preloaded(*command, data_dir=data_dir, BRAID_HUB_ENDPOINT=hub.endpoint)
+    assert (there.returncode, there.stdout) == (0, in_process.stdout), there.stderr
 
 
 def test_a_named_import_is_a_source(store: Path, tmp_path: Path, preloaded: Preloaded) -> None:
