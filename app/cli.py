@@ -1,7 +1,5 @@
 """braid: the command line. Commands parse and delegate; heavy imports wait until a command needs them."""
 
-import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from app import logs
 from app.settings import Settings
 
 app = typer.Typer(
@@ -61,7 +60,7 @@ def worker(
     Example: `BRAID_WORKER_ID=gpu-1 BRAID_DEVICES=cuda:0,cuda:1 braid worker --data-dir ./data`
     """
     settings = _settings(data_dir=data_dir)
-    _log(settings)
+    logs.configure(settings.log_level)
     from app.engine.worker import run_worker
 
     with _problems_told():
@@ -194,10 +193,6 @@ def _settings(**given: Any) -> Settings:
             setting = f"BRAID_{'.'.join(map(str, wrong['loc'])).upper()}"
             err.print(f"error: {setting}: {wrong['msg']}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
-
-
-def _log(settings: Settings) -> None:
-    logging.basicConfig(level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def matching(pattern: str, names: Sequence[str], *, anchored: bool = False) -> t
         compiled = regex.compile(rf"^(.*\.)?({pattern})$" if anchored else pattern)  # PEFT's groups, so that \2 is \2
         ends_at = time.monotonic() + _TIMEOUT_S
         return tuple(name for name in names if compiled.search(name, timeout=max(ends_at - time.monotonic(), 0.001)))
-    except regex.error as error:
+    except (regex.error, ValueError, RecursionError) as error:
         raise BadPattern(pattern, str(error)) from error
     except TimeoutError as error:
         raise BadPattern(pattern, "takes too long to match") from error

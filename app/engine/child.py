@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 from pydantic import TypeAdapter
 
+from app import logs
 from app.adapters import OpenAdapter
 from app.engine.task import Task, Workbench, run_task
 from app.errors import problem
@@ -33,7 +34,7 @@ def main(device: str, threads: int) -> None:
     """Serve tasks until standard input ends."""
     answers = _private_stdout()
     settings = Settings()
-    logging.basicConfig(level=settings.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure(settings.log_level)
     torch.set_num_threads(threads)  # results are the same bytes only for the same number of threads
     bench = workbench(Services.open(settings), device)
     for line in _lines():

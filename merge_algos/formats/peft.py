@@ -255,6 +255,7 @@ def _flag(config: Mapping[str, Any], field: str) -> bool:
 
 def _text(config: Mapping[str, Any], field: str) -> str | None:
     value = config.get(field)
-    if value is not None and not isinstance(value, str):
+    # JSON can write half a character, which no file can hold
+    if value is not None and not (isinstance(value, str) and value == value.encode(errors="ignore").decode()):
         raise InvalidParams(f"adapter_config.json: {field}", "must be text or null")
     return value

@@ -226,7 +226,7 @@ def test_a_pattern_that_takes_too_long_is_refused_by_name(modules: int) -> None:
         described_with_pattern("(a|aa)+$", [f"layers.{n}.{'a' * 40}!" for n in range(modules)])
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<x", "a" * 513])
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<x", "a" * 513, "(" * 500, "(?V0)(?V1)"])
 def test_a_pattern_that_is_none_is_refused_by_name(pattern: str) -> None:
     with pytest.raises(BadPattern) as refused:
         described_with_pattern(pattern, NAMES)

@@ -264,6 +264,7 @@ CASES = [
     configured("r of 400 digits", "adapter_config.json: r", slug="invalid-params", r=10**400),
     configured("rank_pattern broken", "missing )", slug="bad-pattern", rank_pattern={"(": 4}),
     configured("half a character in a flag", "unknown", **{"\ud800": 1}),
+    configured("half a character in a name", "base_model_name", slug="invalid-params", base_model_name_or_path="\ud800"),
     holding("NaN", FIRST, "non-finite-tensor", **spoiled(torch.nan)),
     holding("Inf", FIRST, "non-finite-tensor", **spoiled(torch.inf)),
     holding("a magnitude", "DoRA", **{f"{PREFIX}layers.0.q_proj.lora_magnitude_vector": torch.ones(24)}),
