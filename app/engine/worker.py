@@ -28,7 +28,7 @@ from storage.jobs import FINAL, Job
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.1
+_POLL_S = 0.2  # of the queue: what a job may wait for an idle worker
 _MAX_RECOVERY_ATTEMPTS = 10  # starts of one job that ended in the worker's death; more is the job's own doing
 _HOUSEKEEPING_S = 5.0
 _PAGE = 200
@@ -91,7 +91,6 @@ def _launch(services: Services, pool: LocalPool) -> None:
             "executor_id": settings.worker_id,
             "run_migrations": False,  # done above, under a lock
             "log_level": "WARNING",
-            "notification_listener_polling_interval_sec": _POLL_S,
         }
     )
     _register(services, pool)
