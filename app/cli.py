@@ -75,6 +75,9 @@ def merge(
     parameter: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value, a parameter of the method.")
     ] = None,
+    post: Annotated[
+        list[str] | None, typer.Option("--post", help="A step on the result: svc, restore_norm or restore_norm:scale=1.2.")
+    ] = None,
     rank: Annotated[str | None, typer.Option("--rank", "-r", help="32, energy:0.99, or energy:0.99:64 [default: exact].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
     profile: Annotated[str | None, typer.Option(help="portable or compact.")] = None,
@@ -102,7 +105,7 @@ def merge(
 
     with _problems_told():
         flags = {"method": method, "dtype": dtype, "profile": profile, "seed": seed, "name": name}
-        request = commands.build_request(recipe, sources or [], weight or [], parameter or [], rank, flags)
+        request = commands.build_request(recipe, sources or [], weight or [], parameter or [], rank, flags, post=post or [])
         if url is None:
             settings = _settings(data_dir=data_dir)
             report = commands.merge_here(settings, request, output, out, token=hub_token)

@@ -41,6 +41,8 @@ def build_request(
     parameters: Sequence[str],
     rank: str | None,
     flags: Mapping[str, Any],
+    *,
+    post: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The body of POST /merge from a recipe file and flags, the flags winning. Raises InvalidField."""
     request: dict[str, Any] = _read_recipe(recipe) if recipe else {}
@@ -51,6 +53,8 @@ def build_request(
         raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
     if rank is not None:
         request["rank"] = _rank(rank)
+    if post:
+        request["post"] = [_post_step(text) for text in post]
     parse_request(request)  # what comes from the file is known to have its shape from here on
     if weights:
         if len(weights) != len(request["adapters"]):
@@ -229,6 +233,12 @@ def _parameter(text: str) -> tuple[str, Any]:
     if not separator:
         raise InvalidField("--parameter", f"{text!r} is not name=value")
     return name, yaml.safe_load(value)
+
+
+def _post_step(text: str) -> dict[str, Any]:
+    """`name` or `name:parameter=value,parameter=value`."""
+    name, _, given = text.partition(":")
+    return {"name": name, "parameters": dict(_parameter(part) for part in given.split(",") if part)}
 
 
 def _rank(text: str) -> int | dict[str, float]:

@@ -116,7 +116,7 @@ STATUS: Mapping[type[Exception], int] = {
     merging.InvalidParams: 422,
     merging.InvalidRank: 422,
     merging.InvalidWeights: 422,
-    merging.TooFewAdapters: 422,
+    merging.WrongCount: 422,
     merging.BadPattern: 422,
     merging.BaseModelMismatch: 409,
     merging.ShapeMismatch: 422,

@@ -31,6 +31,15 @@ class RecipeInput:
 
 
 @dataclass(frozen=True, slots=True)
+class RecipeStep:
+    """A post-step: by name, version and parameters with every default written out."""
+
+    name: str
+    version: int
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe."""
 
@@ -43,15 +52,18 @@ class Recipe:
     profile: Profile
     allow_base_mismatch: bool
     adapters: tuple[RecipeInput, ...]
+    post: tuple[RecipeStep, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": 1, **asdict(self), "adapters": [_input_json(item) for item in self.adapters]}
+        steps = [asdict(step) for step in self.post]
+        return {"schema": 1, **asdict(self), "adapters": [_input_json(item) for item in self.adapters], "post": steps}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         fields = {name: value for name, value in data.items() if name != "schema"}
         inputs = tuple(_input(item) for item in data["adapters"])
-        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs})
+        steps = tuple(RecipeStep(**step) for step in data["post"])
+        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs, "post": steps})
 
     @property
     def digest(self) -> Digest:

@@ -2,26 +2,28 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from app import ingest
 from app.engine.workflow import plan_for
 from app.errors import InvalidField, UnknownAdapter
-from app.recipe import Recipe, RecipeInput
-from app.schemas import AdapterInput, MergeRequest
+from app.recipe import Recipe, RecipeInput, RecipeStep
+from app.schemas import AdapterInput, MergeRequest, PostStepRequest
 from app.services import Services
-from merge_algos import methods
+from merge_algos import methods, post
 from merge_algos.errors import BadPattern, InvalidParams
-from merge_algos.merge import check_count
+from merge_algos.merge import check_count, check_rule, default_weights, refuse_unknown
 from merge_algos.patterns import matching
-from merge_algos.protocol import MergeMethod
+from merge_algos.protocol import MergeMethod, PostStep
 from merge_algos.rank import RankRule
 from storage.digest import Digest
 from storage.errors import BadSource
 from storage.manifest import canonical_json
 from storage.sources.hub import HubRef, HubSnapshot
+
+T = TypeVar("T", bound=MergeMethod | PostStep)
 
 
 def resolve(request: MergeRequest, services: Services, *, token: str | None) -> Recipe:
@@ -31,7 +33,10 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
     """
     method = checked_method(request.method, request.parameters)
     check_count(method, len(request.adapters))
-    weights = _weights(request.adapters)
+    rule = _rank(request)
+    check_rule(method, rule)
+    steps = _steps(request.post)
+    weights = _weights(method, request.adapters)
     _check_patterns(request.adapters)
     names = _names(request.adapters)
     sources = [pin(item.source, services, token=token, field=f"adapters.{n}.source") for n, item in enumerate(request.adapters)]
@@ -39,12 +44,13 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
         method=method.name,
         method_version=method.version,
         parameters=_parameters(method),
-        rank=_rank(request),
+        rank=rule,
         dtype=request.dtype,
         seed=request.seed,
         profile=request.profile,
         allow_base_mismatch=request.allow_base_mismatch,
         adapters=tuple(map(_input, request.adapters, sources, names, weights)),
+        post=steps,
     )
     _check_plan(recipe, services)
     return recipe
@@ -68,30 +74,33 @@ def pin(source: str, services: Services, *, token: str | None, field: str) -> st
 
 def checked_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
     """The method with these parameters, their types checked against its fields. Raises UnknownMethod or InvalidParams."""
-    _refuse_unknown(name, parameters)
+    return _checked(methods.find(name), name, parameters, "parameters")
+
+
+def parameter_schema(chosen: type[T]) -> TypeAdapter[T]:
+    """A method's or post-step's dataclass fields as pydantic sees them: the one source of types, defaults and JSON Schema."""
+    return TypeAdapter(chosen)
+
+
+def _checked(chosen: type[T], name: str, parameters: Mapping[str, Any], field: str) -> T:
+    refuse_unknown(chosen, name, parameters, field=field)
     try:
         # as JSON, because that is where strictness still lets an object become the method
-        return parameter_schema(name).validate_json(canonical_json(dict(parameters)), strict=True)
+        return parameter_schema(chosen).validate_json(canonical_json(dict(parameters)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise InvalidParams(".".join(["parameters", *map(str, first["loc"])]), first["msg"]) from None
+        raise InvalidParams(".".join([field, *map(str, first["loc"])]), first["msg"]) from None
     except ValueError as error:
-        raise InvalidParams("parameters", "numbers must be finite") from error
+        raise InvalidParams(field, "numbers must be finite") from error
 
 
-def parameter_schema(name: str) -> TypeAdapter[MergeMethod]:
-    """The method's dataclass fields as pydantic sees them: the one source of types, defaults and JSON Schema."""
-    return TypeAdapter(methods.find(name))
+def _steps(asked: Sequence[PostStepRequest]) -> tuple[RecipeStep, ...]:
+    """Raises UnknownMethod or InvalidParams naming `post.<n>.parameters.<field>`."""
+    steps = [_checked(post.find(step.name), step.name, step.parameters, f"post.{n}.parameters") for n, step in enumerate(asked)]
+    return tuple(RecipeStep(step.name, step.version, _parameters(step)) for step in steps)
 
 
-def _refuse_unknown(name: str, parameters: Mapping[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(methods.find(name))]  # type: ignore[arg-type]
-    for field in parameters:
-        if field not in known:
-            raise InvalidParams(f"parameters.{field[:100]}", f"{name} has no such parameter; it has {', '.join(known) or 'none'}")
-
-
-def _parameters(method: MergeMethod) -> dict[str, Any]:
+def _parameters(method: MergeMethod | PostStep) -> dict[str, Any]:
     return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
 
 
@@ -112,13 +121,13 @@ def _known(digest: Digest | None, source: str, services: Services, token: str | 
     return record.id
 
 
-def _weights(adapters: Sequence[AdapterInput]) -> tuple[float, ...]:
+def _weights(method: MergeMethod, adapters: Sequence[AdapterInput]) -> tuple[float, ...]:
     given = [item.weight for item in adapters]
     if all(weight is None for weight in given):
-        return (1.0 / len(given),) * len(given)
+        return default_weights(method, len(given))
     for position, weight in enumerate(given):
         if weight is None:
-            raise InvalidField(f"adapters.{position}.weight", "give a weight to every adapter, or to none for 1/n each")
+            raise InvalidField(f"adapters.{position}.weight", "give a weight to every adapter, or to none")
     return tuple(float(weight) for weight in given if weight is not None)
 
 

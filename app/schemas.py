@@ -29,7 +29,8 @@ class AdapterInput(Body):
     source: str = Field(max_length=1000, description=SOURCE_HELP, examples=["hub:org/math-lora@main"])
     name: TaskName | None = Field(default=None, description="the task's name in reports; default: from the source")
     weight: Finite | None = Field(
-        default=None, description="mixing coefficient of any sign; give it for all adapters or for none (then 1/n each)"
+        default=None,
+        description="mixing coefficient of any sign; for all adapters or for none (then 1/n each, or the method's own)",
     )
     weights_by_module: dict[Pattern, Finite] = Field(
         default={}, max_length=100, description="pattern found in the module's name -> weight there"
@@ -51,6 +52,11 @@ RankRequest = Annotated[
 ]
 
 
+class PostStepRequest(Body):
+    name: str = Field(max_length=100, description="see `post_steps` in GET /methods")
+    parameters: dict[str, Any] = Field(default={}, description="the step's own parameters")
+
+
 class MergeRequest(Body):
     method: str = Field(default="task_arithmetic", max_length=100, description="see GET /methods")
     parameters: dict[str, Any] = Field(default={}, description="the method's own parameters")
@@ -62,6 +68,7 @@ class MergeRequest(Body):
         default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
     )
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
+    post: list[PostStepRequest] = Field(default=[], max_length=8, description="steps on the result, after it is cut to its rank")
     name: Name | None = Field(default=None, description="also make the result known as name:<this>")
 
 
@@ -146,11 +153,23 @@ class MethodView(BaseModel):
     needs: Literal["nothing", "base", "data"]
     memory: Literal["factors", "dense"]
     min_adapters: int
+    max_adapters: int | None
+    default_weight: float | None = Field(description="of every adapter where none is given; null is 1/n")
+    breaks: dict[str, str] = Field(description="laws of merging that the method's definition breaks, and why")
     parameters: dict[str, Any] = Field(description="JSON Schema of the method's parameters")
+
+
+class PostStepView(BaseModel):
+    name: str
+    summary: str
+    paper: str
+    version: int
+    parameters: dict[str, Any] = Field(description="JSON Schema of the step's parameters")
 
 
 class MethodList(BaseModel):
     data: list[MethodView]
+    post_steps: list[PostStepView]
 
 
 class Health(BaseModel):

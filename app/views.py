@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from app.adapters import read_manifest
-from app.schemas import AdapterView, JobView, MethodView, Problem, Progress, ResultView, utc
+from app.schemas import AdapterView, JobView, MethodView, PostStepView, Problem, Progress, ResultView, utc
 from app.services import Services
-from merge_algos import methods
+from merge_algos import methods, post
 from storage.digest import Digest
 from storage.index import AdapterRecord
 from storage.jobs import Job
@@ -82,5 +82,15 @@ def method_view(name: str, parameters: dict[str, Any]) -> MethodView:
         needs=method.needs,
         memory=method.memory,
         min_adapters=method.min_adapters,
+        max_adapters=method.max_adapters,
+        default_weight=method.default_weight,
+        breaks=dict(method.breaks),
         parameters=parameters,
     )
+
+
+def post_step_view(name: str, parameters: dict[str, Any]) -> PostStepView:
+    """parameters: the JSON Schema of the step's fields."""
+    step = post.find(name)
+    summary = (step.__doc__ or "").strip().partition("\n")[0]
+    return PostStepView(name=step.name, summary=summary, paper=step.paper, version=step.version, parameters=parameters)

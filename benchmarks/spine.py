@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,20 +63,27 @@ def main() -> None:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
         services = Services.open(Settings(data_dir=Path(folder), devices="cpu", log_level="WARNING"))
-        inputs = tuple(make_adapter(services, seed, args.layers, args.rank, args.dtype, console) for seed in range(args.adapters))
-        rows = [measure(services, inputs, rule, console) for rule in (RankRule(), RankRule(max=16))]
+        inputs = tuple(
+            make_adapter(services, seed, SHAPES, args.layers, args.rank, args.dtype, console) for seed in range(args.adapters)
+        )
+        rows = [measure(services, inputs, "task_arithmetic", rule, console) for rule in (RankRule(), RankRule(max=16))]
     Console(width=150).print(as_table(rows, args))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
-def make_adapter(services: Services, seed: int, layers: int, rank: int, dtype: str, console: Console) -> Digest:
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def make_adapter(
+    services: Services, seed: int, layer_shapes: Shapes, layers: int, rank: int, dtype: str, console: Console
+) -> Digest:
     """One synthetic adapter, in the store."""
     console.print(f"making adapter {seed + 1}", style="dim")
     generator = torch.Generator().manual_seed(seed)
     shapes = {}
     for layer in range(layers):
-        for name, (d_out, d_in) in SHAPES.items():
+        for name, (d_out, d_in) in layer_shapes.items():
             lora_A, lora_B = factor_names(f"model.layers.{layer}.{name}")
             shapes |= {lora_A: (rank, d_in), lora_B: (d_out, rank)}
     specs = [TensorSpec(name, SPELLING[dtype], shape) for name, shape in shapes.items()]
@@ -87,9 +94,9 @@ def make_adapter(services: Services, seed: int, layers: int, rank: int, dtype: s
     return import_upload(services, [json.dumps(config).encode()], chunks(weights)).id
 
 
-def measure(services: Services, inputs: tuple[Digest, ...], rule: RankRule, console: Console) -> Row:
+def measure(services: Services, inputs: tuple[Digest, ...], method: str, rule: RankRule, console: Console) -> Row:
     recipe = Recipe(
-        method="task_arithmetic",
+        method=method,
         method_version=1,
         parameters={},
         rank=rule,

@@ -5,7 +5,7 @@ MergeError
 ├── InvalidParams        a parameter is unknown, of the wrong type, or out of range
 ├── InvalidRank          the rank rule is impossible
 ├── InvalidWeights       not one finite weight per adapter
-├── TooFewAdapters       the method needs more adapters than it was given
+├── WrongCount           the method merges another number of adapters than it was given
 ├── BadPattern           a regular expression does not compile, matches nothing, is ambiguous or too slow
 ├── BaseModelMismatch    the adapters were trained on different base models
 ├── ShapeMismatch        one module, two shapes
@@ -59,13 +59,23 @@ class InvalidWeights(MergeError):
 
 
 @dataclass(eq=False)
-class TooFewAdapters(MergeError):
+class WrongCount(MergeError):
+    """least, most: how many adapters the method merges; most is None where there is no limit."""
+
     method: str
-    needed: int
+    least: int
+    most: int | None
     got: int
 
     def __str__(self) -> str:
-        return f"{self.method} needs at least {self.needed} adapter{'s' * (self.needed > 1)}, got {self.got}"
+        wanted = (
+            f"{self.least}"
+            if self.least == self.most
+            else f"at least {self.least}"
+            if self.most is None
+            else f"{self.least} to {self.most}"
+        )
+        return f"{self.method} merges {wanted} adapters, got {self.got}"
 
 
 @dataclass(eq=False)

@@ -17,6 +17,8 @@ from merge_algos.errors import ShapeMismatch
 # Cholesky-QR loses about eps * cond^2; at this condition that is 1e-8, far below float32 rounding
 _CHOLESKY_MAX_CONDITION = 1e4
 
+_ZERO_RATIO = 1e-6  # a singular value this much below the largest is rounding of float32 factors
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SVD:
@@ -79,10 +81,10 @@ class LowRankDelta:
 
     def svd(self) -> SVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""
-        QB, RB = _thin_qr(self.B.double())  # (d_out, p), (p, rank)
-        QA, RA = _thin_qr(self.A.double().mT)  # (d_in, q), (q, rank)
+        QB, RB = thin_qr(self.B.double())  # (d_out, p), (p, rank)
+        QA, RA = thin_qr(self.A.double().mT)  # (d_in, q), (q, rank)
         U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)  # core (p, q): B A = QB core QA^T
-        return _with_fixed_signs(QB @ U, S, Vh @ QA.mT)
+        return with_fixed_signs(QB @ U, S, Vh @ QA.mT)
 
 
 def concat(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
@@ -91,6 +93,60 @@ def concat(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
         if delta.shape != deltas[0].shape:
             raise ShapeMismatch("sum", deltas[0].shape, delta.shape)
     return LowRankDelta(torch.cat([d.B for d in deltas], 1), torch.cat([d.A for d in deltas], 0))
+
+
+def weighted_sum(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> LowRankDelta:
+    """`sum_i w_i delta_i` of at least one delta, exactly; a term of weight 0 costs no rank.
+
+    Where all terms share A (LoRA-FA, VeRA), the B are added instead, so the sum stays at their rank.
+    """
+    terms = [delta.scale(weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0.0 and delta.rank]
+    A = shared_A(terms)
+    if A is not None:
+        return LowRankDelta(torch.stack([term.B for term in terms]).sum(0), A)
+    return concat([LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B), *terms])
+
+
+def shared_A(deltas: Sequence[LowRankDelta]) -> Tensor | None:
+    """The A that all deltas of rank above 0 have in common, byte for byte (LoRA-FA, VeRA), or None."""
+    given = [delta.A for delta in deltas if delta.rank]
+    same = len(given) > 1 and all(A.shape == given[0].shape and bool(torch.equal(A, given[0])) for A in given[1:])
+    return given[0] if same else None
+
+
+def canonical(delta: LowRankDelta) -> LowRankDelta:
+    """Balanced SVD factors with fixed signs, in the delta's dtype: one gauge for all factorisations of the same delta."""
+    svd = delta.svd()
+    return from_svd(svd, numerical_rank(svd.S)).to(delta.B.dtype)
+
+
+def numerical_rank(S: Tensor, size: float | None = None) -> int:
+    """How many singular values S (k,), descending, are more than the rounding of float32 factors.
+
+    size: what that rounding is relative to, where it is not the largest of S: a sum that cancels is smaller than its terms.
+    """
+    return int((_ZERO_RATIO * (S.max() if size is None else size) < S).sum()) if len(S) else 0
+
+
+def is_rounding(norm: float, deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> bool:
+    """Whether a norm is no more than what rounding leaves of terms that cancel."""
+    return norm <= _ZERO_RATIO * size_of(deltas, weights)
+
+
+def size_of(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> float:
+    """`sum_i |w_i| ||delta_i||`: how large the weighted sum can be, and what its rounding is relative to."""
+    return sum(abs(weight) * delta.norm() for delta, weight in zip(deltas, weights, strict=True) if weight != 0.0)
+
+
+def present(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> tuple[int, ...]:
+    """Positions of the adapters that count: those that target the module and have a weight that is not 0."""
+    return tuple(n for n, (delta, weight) in enumerate(zip(deltas, weights, strict=True)) if delta.rank and weight != 0.0)
+
+
+def mean_norm(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> float:
+    """Mean Frobenius norm of the adapters that are present; 0 if there is none."""
+    norms = [deltas[n].norm() for n in present(deltas, weights)]
+    return sum(norms) / len(norms) if norms else 0.0
 
 
 def from_svd(svd: SVD, k: int) -> LowRankDelta:
@@ -109,7 +165,7 @@ def distance(left: LowRankDelta, right: LowRankDelta) -> float:
     return concat(terms).norm() if terms else 0.0
 
 
-def _thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
+def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     """X (d, k) float64 = Q (d, p) R (p, k), p = min(d, k). Cholesky of the Gram where safe, Householder elsewhere."""
     L, failed = torch.linalg.cholesky_ex(X.mT @ X)
     inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)  # (k, k)
@@ -121,7 +177,7 @@ def _thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     return X @ inverse.mT, L.mT
 
 
-def _with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> SVD:
+def with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> SVD:
     if U.numel() == 0:
         return SVD(U, S, Vh)
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # (1, k)

@@ -3,18 +3,21 @@
 `merge_module` is the whole life of one module: method, cut to rank, cast, and what each step cost.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from merge_algos import methods
+from merge_algos import methods, post
 from merge_algos.adapter import Adapter, common_base, union
-from merge_algos.errors import InvalidParams, InvalidWeights, NonFiniteResult, TooFewAdapters
-from merge_algos.lowrank import LowRankDelta, distance, from_svd
-from merge_algos.protocol import MergeMethod, ModuleContext
+from merge_algos.blocks import BlockMatrix, seed_of, truncated_svd
+from merge_algos.errors import InvalidParams, InvalidRank, InvalidWeights, NonFiniteResult, WrongCount
+from merge_algos.lowrank import SVD, LowRankDelta, distance, from_svd, is_rounding, present
+from merge_algos.protocol import Merged, MergeMethod, ModuleContext, PostStep
 from merge_algos.rank import RankRule
 
 
@@ -40,9 +43,10 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A delta within its rank rule. norm: before the cut.  lost: fraction of the squared norm that was cut away."""
+    """A delta within its rank rule. rank_in, norm: before the cut.  lost: fraction of the squared norm that was cut away."""
 
     delta: LowRankDelta
+    rank_in: int
     norm: float
     lost: float
     exact: bool
@@ -69,18 +73,20 @@ def merge(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     parameters: Mapping[str, Any] | None = None,
+    post_steps: Sequence[PostStep] = (),
 ) -> MergeResult:
-    """Merge whole adapters in memory. weights: one per adapter, default 1 each.  rank: None for exact.
+    """Merge whole adapters in memory. weights: one per adapter, default 1/n each.  rank: None for exact.
 
     Raises the errors of `merge_algos.errors`: unknown methods and parameters, weights that are not finite, different
-    base models, one module with two shapes.
+    base models, one module with two shapes, a rank that the method needs or that is impossible.
     """
     chosen = build(method, parameters or {})
-    given = check_weights([1.0] * len(adapters) if weights is None else weights, len(adapters))
     check_count(chosen, len(adapters))
+    given = check_weights(default_weights(chosen, len(adapters)) if weights is None else weights, len(adapters))
     rule = rank if isinstance(rank, RankRule) else RankRule(max=rank)
+    check_rule(chosen, rule)
     results = [
-        merge_module(chosen, [a.delta(name, shape) for a in adapters], given, ModuleContext(name, seed, rule), dtype)
+        merge_module(chosen, [a.delta(name, shape) for a in adapters], given, ModuleContext(name, seed, rule), dtype, post_steps)
         for name, shape in union(adapters).items()
     ]
     merged = Adapter(common_base([a.base_model for a in adapters]), {r.report.module: r.delta for r in results})
@@ -93,56 +99,121 @@ def merge_module(
     weights: Sequence[float],
     context: ModuleContext,
     dtype: torch.dtype,
+    post_steps: Sequence[PostStep] = (),
 ) -> ModuleResult:
     """One module from inputs to what is shipped. deltas: any float dtype; the arithmetic is float32 or wider.
 
-    Raises NonFiniteResult if the factors overflow float32 or `dtype`.
+    Raises NonFiniteResult if the inputs are not finite, or anything overflows that is computed from them.
     """
-    merged = method.merge([_widened(d) for d in deltas], weights, context)
-    _check_finite(merged.delta, context.module)  # before the cut, whose SVD knows no infinity
-    cut = reduce(merged.delta, context.rank)
-    shipped = cut.delta.to(dtype)
+    widened = _widened(deltas)
+    for delta in widened:
+        _check_finite(delta, context.module)
+    try:
+        merged = _merged(method, widened, weights, context)
+        cut = reduce(merged.delta, context)
+        finished, diagnostics = _finish(cut.delta, merged, widened, weights, post_steps)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        # no SVD of finite numbers fails: something overflowed on the way there
+        raise NonFiniteResult(context.module, _name(widened[0].B.dtype)) from error
+    shipped = finished.to(dtype)
     _check_finite(shipped, context.module)
-    kept_norm = cut.norm * math.sqrt(1.0 - cut.lost)
+    kept_norm = cut.norm * math.sqrt(1.0 - cut.lost) if finished is cut.delta else finished.norm()
     report = ModuleReport(
         module=context.module,
-        rank_in=merged.delta.rank,
+        rank_in=cut.rank_in,
         rank_out=shipped.rank,
         exact=cut.exact,
         norm=cut.norm,
         relative_error=math.sqrt(cut.lost),
         retained_energy=1.0 - cut.lost,
-        rounding_error=distance(cut.delta, shipped) / kept_norm if kept_norm else 0.0,
-        diagnostics=merged.diagnostics,
+        rounding_error=distance(finished, shipped) / kept_norm if kept_norm else 0.0,
+        diagnostics=diagnostics,
     )
     return ModuleResult(shipped, report)
 
 
-def reduce(delta: LowRankDelta, rule: RankRule) -> Cut:
-    """The best approximation within the rule; `delta` itself if the rule keeps everything.
+def _merged(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
+    """The method's result, finite; of no present adapter the zero delta."""
+    if not present(deltas, weights):
+        return Merged(LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B))
+    merged = method.merge(deltas, weights, context)
+    if isinstance(merged.delta, BlockMatrix):
+        return dataclasses.replace(merged, delta=_finite_blocks(merged.delta, context.module))
+    _check_finite(merged.delta, context.module)  # before the cut, whose SVD knows no infinity
+    return merged
+
+
+def reduce(delta: LowRankDelta | BlockMatrix, context: ModuleContext) -> Cut:
+    """The best approximation within the context's rank rule; `delta` itself if the rule keeps everything.
 
     A rank above min(d_out, d_in) is never shipped: the surplus is redundant, so cutting it loses nothing.
     """
-    if rule.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
-        return Cut(delta, delta.norm(), 0.0, exact=True)
+    if isinstance(delta, BlockMatrix):
+        return _reduce_blocks(delta, context)
+    if context.rank.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
+        return Cut(delta, delta.rank, delta.norm(), 0.0, exact=True)
     svd = delta.svd()
-    k = rule.pick(svd.S)
-    energy = svd.S.square()
-    total = float(energy.sum())
-    lost = float(energy[k:].sum()) / total if total else 0.0
-    return Cut(from_svd(svd, k), math.sqrt(total), lost, exact=k == len(svd.S))
+    return _cut(svd, context.rank.pick(svd.S), delta.rank, float(svd.S.square().sum()))
+
+
+def _reduce_blocks(matrix: BlockMatrix, context: ModuleContext) -> Cut:
+    """As many singular triplets as the rule asks for; for an energy, twice as many as long as they do not hold it."""
+    rule, full = context.rank, min(matrix.shape)
+    k = min(rule.max or (full if rule.energy is None else 64), full)
+    while True:
+        svd, energy = truncated_svd(matrix, k, seed=seed_of(context.seed, context.module, "sketch"))
+        enough = rule.energy is None or float(svd.S.square().sum()) >= rule.energy * energy * (1 - 1e-12)
+        if enough or k == min(rule.max or full, full):
+            return _cut(svd, rule.pick(svd.S, energy), full, energy)
+        k = min(2 * k, rule.max or full, full)
+
+
+def _cut(svd: SVD, k: int, rank_in: int, energy: float) -> Cut:
+    """energy: squared norm of everything, of which `svd` may hold a part. What is lost is summed from the small end."""
+    beyond = max(0.0, energy - float(svd.S.square().sum())) if rank_in > len(svd.S) else 0.0
+    lost = (float(svd.S[k:].square().sum()) + beyond) / energy if energy else 0.0
+    return Cut(from_svd(svd, k), rank_in, math.sqrt(energy), min(lost, 1.0), exact=k == len(svd.S) and beyond == 0.0)
+
+
+def _finish(
+    cut: LowRankDelta, merged: Merged, deltas: Sequence[LowRankDelta], weights: Sequence[float], post_steps: Sequence[PostStep]
+) -> tuple[LowRankDelta, dict[str, Any]]:
+    """What is shipped: the cut at the norm its method wants, then the post-steps; with all their diagnostics."""
+    used = (deltas, weights)
+    delta, diagnostics = _at_norm(cut, merged, *used)
+    for step in post_steps:
+        after = step.apply(delta, deltas, weights)
+        assert isinstance(after.delta, LowRankDelta)
+        delta, own = _at_norm(after.delta, after, *used)
+        diagnostics[step.name] = own
+    return delta, diagnostics
+
+
+def _at_norm(
+    delta: LowRankDelta, merged: Merged, deltas: Sequence[LowRankDelta], weights: Sequence[float]
+) -> tuple[LowRankDelta, dict[str, Any]]:
+    """delta: `merged.delta` after the cut. A result that is zero but for rounding is left alone, not blown up."""
+    if merged.norm is None:
+        return delta, dict(merged.diagnostics)
+    norm = delta.norm()
+    gamma = 1.0 if is_rounding(norm, deltas, weights) else merged.norm / norm
+    return delta.scale(gamma), {**merged.diagnostics, "gamma": gamma}
 
 
 def build(method: str, parameters: Mapping[str, Any]) -> MergeMethod:
     """The method with these parameters. Raises UnknownMethod, or InvalidParams naming the field."""
     chosen = methods.find(method)
-    known = getattr(chosen, "__dataclass_fields__", {})
-    for field in parameters:
-        if field not in known:
-            raise InvalidParams(
-                f"parameters.{field[:100]}", f"{method} has no such parameter; it has {', '.join(known) or 'none'}"
-            )
+    refuse_unknown(chosen, method, parameters)
     return chosen(**parameters)
+
+
+def refuse_unknown(chosen: type, name: str, parameters: Mapping[str, Any], *, field: str = "parameters") -> None:
+    """Raises InvalidParams naming `field` and the parameter that the class does not have."""
+    known = [own.name for own in dataclasses.fields(chosen)]
+    for given in parameters:
+        if given not in known:
+            reason = f"{name} has no such parameter; it has {', '.join(known) or 'none'}"
+            raise InvalidParams(f"{field}.{given[:100]}", reason)
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
@@ -153,15 +224,57 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(float(w) for w in weights)
 
 
+def default_weights(method: MergeMethod, count: int) -> tuple[float, ...]:
+    return (1.0 / count if method.default_weight is None else method.default_weight,) * count
+
+
 def check_count(method: MergeMethod, count: int) -> None:
-    if count < max(1, method.min_adapters):
-        raise TooFewAdapters(method.name, max(1, method.min_adapters), count)
+    """Raises WrongCount outside the method's numbers of adapters."""
+    most = method.max_adapters
+    if count < method.min_adapters or (most is not None and count > most):
+        raise WrongCount(method.name, method.min_adapters, most, count)
+
+
+def check_rule(method: MergeMethod, rule: RankRule) -> None:
+    """Raises InvalidRank if an exact result is asked of a method whose results have full rank."""
+    if method.full_rank and rule == RankRule():
+        raise InvalidRank(None, f"a result of {method.name} has full rank, so it needs a rank or an energy")
+
+
+def build_post(name: str, parameters: Mapping[str, Any]) -> PostStep:
+    """The post-step with these parameters. Raises UnknownMethod, or InvalidParams naming the field."""
+    chosen = post.find(name)
+    refuse_unknown(chosen, name, parameters)
+    return chosen(**parameters)
 
 
 def _check_finite(delta: LowRankDelta, module: str) -> None:
-    if not (delta.B.isfinite().all() and delta.A.isfinite().all()):
-        raise NonFiniteResult(module, str(delta.B.dtype).removeprefix("torch."))
+    if not (_all_finite(delta.B) and _all_finite(delta.A)):
+        raise NonFiniteResult(module, _name(delta.B.dtype))
 
 
-def _widened(delta: LowRankDelta) -> LowRankDelta:
-    return delta if delta.B.dtype == torch.float64 else delta.to(torch.float32)
+def _finite_blocks(matrix: BlockMatrix, module: str) -> BlockMatrix:
+    """The same matrix, whose entries are checked block by block, because they are known nowhere else."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        block = matrix.rows(start, stop)
+        if not _all_finite(block):
+            raise NonFiniteResult(module, _name(block.dtype))
+        return block
+
+    return dataclasses.replace(matrix, rows=rows)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """The sum is finite only if every entry is, and costs no mask; where it overflows, the mask decides."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _widened(deltas: Sequence[LowRankDelta]) -> list[LowRankDelta]:
+    """All in one dtype: float64 if any is, else float32."""
+    doubled = any(torch.float64 in (delta.B.dtype, delta.A.dtype) for delta in deltas)
+    return [delta.to(torch.float64 if doubled else torch.float32) for delta in deltas]

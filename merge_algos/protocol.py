@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
+from merge_algos.blocks import BlockMatrix
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.rank import RankRule
 
@@ -19,27 +21,58 @@ class ModuleContext:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """One module's result; `diagnostics` go into the certificate as they are, so they must be JSON values."""
+    """One module's result, before it is cut to the requested rank.
 
-    delta: LowRankDelta
+    delta: factors, or a BlockMatrix from a method that works on entries.  norm: the Frobenius norm that what is shipped
+    must have (rescaled after the cut), or None to leave it.  diagnostics go into the certificate, so they must be JSON.
+    """
+
+    delta: LowRankDelta | BlockMatrix
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    norm: float | None = None
 
 
 class MergeMethod(Protocol):
     """One file in `merge_algos/methods/`; see `task_arithmetic` for the shortest.
 
     name: as in a recipe.  paper: arXiv identifier or citation.  version: raised when results change, because it is part of
-    a recipe's identity.  memory: "factors" if no dense block is ever formed.  needs: what beside the adapters.
-    min_adapters: fewer are refused.
+    a recipe's identity.  memory: "factors" if no dense block is ever formed, "dense" if rows of the deltas are, and the
+    result has full rank.  needs: what beside the adapters.  min_adapters, max_adapters: other numbers are refused.
+    default_weight: of every adapter where a caller gives none; None for 1/n.
+    breaks: laws of the contract suite (tests/algos/laws.py) that the method breaks at its default parameters -> why. A method
+    states what differs from here.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    version: ClassVar[int]
-    memory: ClassVar[Literal["factors", "dense"]]
-    needs: ClassVar[Literal["nothing", "base", "data"]]
-    min_adapters: ClassVar[int]
+    version: ClassVar[int] = 1
+    memory: ClassVar[Literal["factors", "dense"]] = "factors"
+    needs: ClassVar[Literal["nothing", "base", "data"]] = "nothing"
+    min_adapters: ClassVar[int] = 1
+    max_adapters: ClassVar[int | None] = None
+    breaks: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    default_weight: ClassVar[float | None] = None
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether results have full rank with these parameters, so that a rank or an energy is needed."""
+        return self.memory == "dense"
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        """deltas: the adapters in the caller's order, scaling folded in, rank 0 where absent.  weights: one each, finite."""
+        """deltas: the adapters in the caller's order, scaling folded in, rank 0 where absent.  weights: one each, finite.
+
+        At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64.
+        """
+        ...
+
+
+class PostStep(Protocol):
+    """A change to any method's result, after the cut to its rank: one file in `merge_algos/post/`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def apply(self, merged: LowRankDelta, deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> Merged:
+        """merged: what would be shipped.  deltas, weights: what it was merged from."""
         ...

@@ -27,11 +27,15 @@ class RankRule:
         """Whether a delta of this rank is within the rule before any singular value is known."""
         return self.energy is None and (self.max is None or rank <= self.max)
 
-    def pick(self, S: Tensor) -> int:
-        """Singular values to keep of S (k,), descending: the smallest number that satisfies the energy, capped by `max`."""
+    def pick(self, S: Tensor, total: float | None = None) -> int:
+        """Singular values to keep of S (k,), descending: the smallest number that satisfies the energy, capped by `max`.
+
+        total: squared norm of the whole, where S holds only its leading part.
+        """
         limit = len(S) if self.max is None else min(self.max, len(S))
         if self.energy is None:
             return limit
         energy = S.double().square().cumsum(0)
-        wanted = self.energy * energy[-1:] * (1 - 1e-12)  # rounding in the cumulative sum must not cost a rank
+        # rounding in the cumulative sum must not cost a rank
+        wanted = self.energy * (energy[-1:] if total is None else total) * (1 - 1e-12)
         return min(limit, int((energy < wanted).sum()) + 1) if len(S) else 0

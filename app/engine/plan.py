@@ -7,7 +7,7 @@ from app.recipe import Recipe, module_weights
 from merge_algos.adapter import agree, common_base
 from merge_algos.errors import InvalidRank
 from merge_algos.formats.peft import AdapterSpec
-from merge_algos.merge import build, check_count
+from merge_algos.merge import build, check_count, check_rule
 
 _MAX_MODULES_PER_SHARD = 16
 _COMPUTE_BYTES = 4  # float32 at the widest that is shipped
@@ -28,10 +28,12 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
 
     BaseModelMismatch, ShapeMismatch, BadPattern, InvalidRank, TooFewAdapters, UnknownMethod, InvalidParams.
     """
-    check_count(build(recipe.method, recipe.parameters), len(specs))
+    method = build(recipe.method, recipe.parameters)
+    check_count(method, len(specs))
+    check_rule(method, recipe.rank)
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     modules = agree(spec.shapes for spec in specs)
-    ranks = _ranks(specs, modules)
+    ranks = {n: min(s) for n, s in modules.items()} if method.memory == "dense" else _ranks(specs, modules)
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
     return Plan(base_model, modules, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
@@ -49,7 +51,7 @@ def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]])
 def _check_rank(recipe: Recipe, ranks: Mapping[str, int], modules: Mapping[str, tuple[int, int]]) -> None:
     possible = max(min(ranks[name], *shape) for name, shape in modules.items())
     if recipe.rank.energy is None and recipe.rank.max is not None and recipe.rank.max > possible:
-        raise InvalidRank(recipe.rank.max, f"these adapters together have rank {possible} at most; leave it out to merge exactly")
+        raise InvalidRank(recipe.rank.max, f"the result can have rank {possible} at most")
 
 
 def _shipped_bytes(recipe: Recipe, rank: int, shape: tuple[int, int]) -> int:

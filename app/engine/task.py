@@ -19,7 +19,7 @@ from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
 from merge_algos.formats import peft
-from merge_algos.merge import ModuleReport, ModuleResult, build, merge_module
+from merge_algos.merge import ModuleReport, ModuleResult, build, build_post, merge_module
 from merge_algos.protocol import ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -109,7 +109,8 @@ def _merge_one(task: ShardTask, recipe: Recipe, opened: Sequence[OpenAdapter], n
     deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
     dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(d for adapter in opened for d in adapter.dtypes)
     method = build(recipe.method, recipe.parameters)
-    return merge_module(method, deltas, task.weights[name], ModuleContext(name, recipe.seed, recipe.rank), dtype)
+    steps = [build_post(step.name, step.parameters) for step in recipe.post]
+    return merge_module(method, deltas, task.weights[name], ModuleContext(name, recipe.seed, recipe.rank), dtype, steps)
 
 
 def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:

@@ -1,137 +1,81 @@
-"""What the contract suite of merge methods is made of: the oracles, the laws, and random cases to try them on.
+"""The laws of every merge method, each as one number: by how much a method deviates from it on a case.
 
-A method that by its nature breaks a law says so in a class variable, `disobeys = frozenset({"average"})`, with the law's
-name from LAWS; the other laws hold for all. A new method needs an entry in ORACLES and nothing else here.
+A method that by its nature breaks a law says so in a class variable, `breaks = {"two copies": reason}`. What it does not
+name it obeys on every case that can be drawn; what it names it really breaks, on one of two samples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-import pytest
-import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from merge_algos import Adapter, LowRankDelta, MergeResult, merge
-from merge_algos.formats import peft
-from merge_algos.merge import ModuleReport
-from merge_algos.methods import registry
-
-MODULE = "layers.0.q_proj"
-TIGHT = 1e-9
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from cases import Case, dense, only_one, regauged, value
+from merge_algos import LowRankDelta
 
 
-def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total = total + weight * delta
-    return total
+def gauge(method: str, case: Case) -> Tensor:
+    """It does not matter how an adapter is factored."""
+    turned = Case(case.shape, tuple(regauged(d, n) for n, d in enumerate(case.deltas)), case.weights)
+    return value(method, turned) - value(method, case)
 
 
-# name -> the method on dense float64 deltas (all zeros where an adapter is absent), as slow and as plain as it can be
-ORACLES: Mapping[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {"task_arithmetic": weighted_sum}
+def single_adapter(method: str, case: Case) -> Tensor:
+    """One adapter at weight 1 comes back."""
+    present = next(d for d in case.deltas if d.rank)
+    return value(method, only_one(present).fit(method)) - dense(present)
 
-# laws that some methods cannot obey, and why
-LAWS = {
-    "gauge": "looks at factors, not at deltas",
-    "identity": "one adapter at weight 1 does not come back, by design",
-    "average": "two copies at weight 1/2 are not one adapter",
-    "permutation": "the order of adapters means something",
-    "absence": "not linear: an adapter at weight 0 still counts",
-    "growth": "its result does not grow with the weights, so no weight overflows",
+
+def two_copies(method: str, case: Case) -> Tensor:
+    """Two copies at weight 1/2 are the adapter."""
+    present = next(d for d in case.deltas if d.rank)
+    return value(method, Case(case.shape, (present, present), (0.5, 0.5))) - dense(present)
+
+
+def opposites(method: str, case: Case) -> Tensor:
+    """A copy at weight 1 and one at weight -1 leave nothing: rounding is not blown up to the size of an adapter."""
+    present = next(d for d in case.deltas if d.rank)
+    return value(method, Case(case.shape, (present, present), (1.0, -1.0)))
+
+
+def permutation(method: str, case: Case) -> Tensor:
+    """The order of the adapters, each with its weight, means nothing."""
+    turned = Case(case.shape, case.deltas[::-1], case.weights[::-1])
+    return value(method, turned) - value(method, case)
+
+
+def zero_weight(method: str, case: Case) -> Tensor:
+    """An adapter at weight 0 is as if it were absent."""
+    weights = (0.0, *case.weights[1:])
+    absent = Case(case.shape, (LowRankDelta.zero(*case.shape, like=case.deltas[0].B), *case.deltas[1:]), weights)
+    return value(method, case.with_weights(weights)) - value(method, absent)
+
+
+def weight_scale(method: str, case: Case) -> Tensor:
+    """Twice the weights are twice the result."""
+    return value(method, case.with_weights([2 * w for w in case.weights])) - 2 * value(method, case)
+
+
+def linear(method: str, case: Case) -> Tensor:
+    """The merges at weights u and v add up to the merge at u + v. None is 0, since leaving out is not a small change."""
+    u, v = [abs(w) + 0.25 for w in case.weights], [abs(w) / 2 + n + 1 for n, w in enumerate(case.weights)]
+    both = [a + b for a, b in zip(u, v, strict=True)]
+    parts = value(method, case.with_weights(u)) + value(method, case.with_weights(v))
+    return value(method, case.with_weights(both)) - parts
+
+
+Law = Callable[[str, Case], Tensor]
+LAWS: Mapping[str, Law] = {
+    "gauge": gauge,
+    "single adapter": single_adapter,
+    "two copies": two_copies,
+    "opposites": opposites,
+    "permutation": permutation,
+    "zero weight": zero_weight,
+    "weight scale": weight_scale,
+    "linear": linear,
 }
 
 
-def obeying(law: str) -> pytest.MarkDecorator:
-    """Parametrise over the methods that do not disown the law."""
-    assert law in LAWS
-    return pytest.mark.parametrize("method", [n for n, c in registry().items() if law not in disowned(c)])
-
-
-def disowned(method: type) -> frozenset[str]:
-    return getattr(method, "disobeys", frozenset())
-
-
-every_method = pytest.mark.parametrize("method", registry())
-few = settings(max_examples=30)  # for each method, and there will be many
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def random_delta(seed: int, shape: tuple[int, int], rank: int) -> LowRankDelta:
-    return LowRankDelta(randn(seed, shape[0], rank), randn(seed + 1, rank, shape[1]))
-
-
-@dataclass(frozen=True)
-class Case:
-    """Deltas of one module and one weight for each; a delta of rank 0 is an adapter that does not have the module."""
-
-    shape: tuple[int, int]
-    deltas: tuple[LowRankDelta, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def adapters(self) -> list[Adapter]:
-        return [one_module(delta) for delta in self.deltas]
-
-    @property
-    def scale(self) -> float:
-        """What rounding is relative to."""
-        return 1.0 + sum(abs(w) * float(dense(d).norm()) for d, w in zip(self.deltas, self.weights, strict=True))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    shape = draw(st.integers(1, 10)), draw(st.integers(1, 10))
-    ranks = draw(st.lists(st.integers(0, 6), min_size=2, max_size=4).filter(any))
-    seed = draw(st.integers(0, 2**32))
-    weights = draw(st.lists(st.floats(-2, 2), min_size=len(ranks), max_size=len(ranks)))
-    return Case(shape, tuple(random_delta(seed + 2 * n, shape, r) for n, r in enumerate(ranks)), tuple(weights))
-
-
-def one_module(delta: LowRankDelta, name: str = MODULE) -> Adapter:
-    return Adapter("org/base", {name: delta} if delta.rank else {})
-
-
-def dense(delta: LowRankDelta) -> Tensor:
-    return delta.B.double() @ delta.A.double()
-
-
-def merged(method: str, case: Case, **options: object) -> MergeResult:
-    """Float64 throughout unless told, so that what is measured is the method and not a cast."""
-    given_options = {"dtype": torch.float64, **options}
-    return merge(case.adapters, method=method, weights=case.weights, **given_options)  # type: ignore[arg-type]
-
-
-def only(result: MergeResult) -> tuple[Tensor, ModuleReport]:
-    (report,) = result.reports
-    return dense(result.adapter.deltas[MODULE]), report
-
-
-def value(method: str, case: Case, **options: object) -> Tensor:
-    return only(merged(method, case, **options))[0]
-
-
-def close(got: Tensor, expected: Tensor, scale: float, tolerance: float = TIGHT) -> bool:
-    return got.shape == expected.shape and float((got - expected).norm()) <= tolerance * scale
-
-
-SAMPLE = Case((12, 9), tuple(random_delta(n, (12, 9), r) for n, r in enumerate((3, 2, 4))), (0.7, -0.4, 1.1))  # nothing special
-
-
-def regauged(delta: LowRankDelta, seed: int) -> LowRankDelta:
-    """The same delta from other factors: `(B G, G^-1 A)`, G of condition 100."""
-    k = delta.rank
-    Q, _ = torch.linalg.qr(randn(seed, k, k))
-    stretch = torch.logspace(-1, 1, k, dtype=torch.float64)
-    return LowRankDelta(delta.B @ Q * stretch, (Q.mT @ delta.A) / stretch[:, None])
-
-
-def loaded(delta: LowRankDelta, scaling: float) -> LowRankDelta:
-    """The delta as a file with this alpha / r gives it."""
-    spec = peft.ModuleSpec(MODULE, *delta.shape, delta.rank, scaling, *peft.factor_names(MODULE))
-    return peft.load(spec, delta.A, delta.B)
+def deviation(law: str, method: str, case: Case) -> float:
+    """Frobenius norm, relative to the size of what went in."""
+    fitted = case.fit(method)
+    return float(LAWS[law](method, fitted).norm()) / fitted.scale

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from merge_algos.errors import ShapeMismatch
 from merge_algos.lowrank import LowRankDelta, concat, distance, from_svd
-from merge_algos.merge import reduce
+from merge_algos.merge import Cut, reduce
+from merge_algos.protocol import ModuleContext
 from merge_algos.rank import RankRule
 
 TIGHT = 1e-10  # relative to the size of the terms: float64 with room for a sum
@@ -49,6 +50,10 @@ def pairs(draw: st.DrawFn) -> tuple[LowRankDelta, LowRankDelta]:
     d_out, d_in = draw(SIZES), draw(SIZES)
     first, second = (random_delta(draw(SEEDS), d_out, d_in, draw(RANKS), draw(KINDS)) for _ in range(2))
     return first, second
+
+
+def cut_to(delta: LowRankDelta, rule: RankRule) -> Cut:
+    return reduce(delta, ModuleContext("module", 0, rule))
 
 
 def dense(delta: LowRankDelta) -> Tensor:
@@ -279,48 +284,48 @@ def test_truncated_factors_are_balanced(delta: LowRankDelta, data: st.DataObject
 
 @given(DELTAS, st.integers(1, 16))
 def test_reduce_keeps_at_most_the_rank(delta: LowRankDelta, k: int) -> None:
-    assert reduce(delta, RankRule(max=k)).delta.rank <= k
+    assert cut_to(delta, RankRule(max=k)).delta.rank <= k
 
 
 @given(DELTAS, st.integers(1, 16))
 def test_reduce_reports_the_energy_it_cut(delta: LowRankDelta, k: int) -> None:
-    cut = reduce(delta, RankRule(max=k))
+    cut = cut_to(delta, RankRule(max=k))
     error = float((dense(delta) - dense(cut.delta)).norm())
     assert math.sqrt(cut.lost) * float(dense(delta).norm()) == pytest.approx(error, abs=1e-7 * (size(delta) + 1))
 
 
 @given(DELTAS)
 def test_without_a_rule_nothing_is_lost(delta: LowRankDelta) -> None:
-    assert close(dense(reduce(delta, RankRule()).delta), dense(delta), size(delta))
+    assert close(dense(cut_to(delta, RankRule()).delta), dense(delta), size(delta))
 
 
 @given(DELTAS)
 def test_without_a_rule_the_result_is_called_exact(delta: LowRankDelta) -> None:
-    assert reduce(delta, RankRule()).exact
+    assert cut_to(delta, RankRule()).exact
 
 
 @given(DELTAS)
 def test_no_result_has_more_rank_than_its_shape(delta: LowRankDelta) -> None:
-    assert reduce(delta, RankRule()).delta.rank <= min(delta.shape)
+    assert cut_to(delta, RankRule()).delta.rank <= min(delta.shape)
 
 
 def test_what_fits_the_rule_keeps_its_own_factors() -> None:
     delta = random_delta(0, 9, 8, 4)
-    assert reduce(delta, RankRule(max=4)).delta is delta
+    assert cut_to(delta, RankRule(max=4)).delta is delta
 
 
 def test_what_was_cut_is_not_called_exact() -> None:
-    assert not reduce(random_delta(0, 9, 8, 4), RankRule(max=3)).exact
+    assert not cut_to(random_delta(0, 9, 8, 4), RankRule(max=3)).exact
 
 
 @pytest.mark.parametrize("rule", [RankRule(), RankRule(max=1), RankRule(energy=0.5), RankRule(max=2, energy=1.0)])
 def test_absence_survives_every_rule(rule: RankRule) -> None:
-    assert reduce(LowRankDelta.zero(4, 6), rule).delta.shape == (4, 6)
+    assert cut_to(LowRankDelta.zero(4, 6), rule).delta.shape == (4, 6)
 
 
 @pytest.mark.parametrize("rule", [RankRule(max=1), RankRule(energy=0.5)])
 def test_a_delta_of_zeros_loses_nothing(rule: RankRule) -> None:
-    assert reduce(LowRankDelta(torch.zeros(4, 3), torch.ones(3, 6)), rule).lost == 0.0
+    assert cut_to(LowRankDelta(torch.zeros(4, 3), torch.ones(3, 6)), rule).lost == 0.0
 
 
 # --- distance
@@ -353,8 +358,8 @@ OPERATIONS = {
     "svd": lambda d: d.svd(),
     "concat": lambda d: concat([d, d]),
     "distance": lambda d: distance(d, d),
-    "reduce": lambda d: reduce(d, RankRule(max=1)),
-    "reduce by energy": lambda d: reduce(d, RankRule(energy=0.5)),
+    "reduce": lambda d: cut_to(d, RankRule(max=1)),
+    "reduce by energy": lambda d: cut_to(d, RankRule(energy=0.5)),
 }
 
 

@@ -15,13 +15,20 @@ from merge_algos.rank import RankRule
 def test_energy_picks_the_smallest_rank_that_keeps_it(values: list[float], energy: float) -> None:
     S = torch.tensor(sorted([*values, 1.0], reverse=True), dtype=torch.float64)
     total = float(S.square().sum())
-    enough = [k for k in range(1, len(S) + 1) if float(S[:k].square().sum()) >= (energy - 1e-11) * total]
+    enough = [
+        k for k in range(1, len(S) + 1) if float(S[:k].square().sum()) >= energy * total * (1 - 1e-12)
+    ]  # the slack that pick has
     assert RankRule(energy=energy).pick(S) == enough[0]
 
 
 @pytest.mark.parametrize(("energy", "k"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_an_energy_met_exactly_costs_no_further_rank(energy: float, k: int) -> None:
     assert RankRule(energy=energy).pick(torch.ones(4)) == k
+
+
+@pytest.mark.parametrize(("total", "k"), [(4.0, 2), (5.0, 3), (100.0, 4)])
+def test_the_energy_is_of_the_whole_where_only_the_leading_values_are_known(total: float, k: int) -> None:
+    assert RankRule(energy=0.5).pick(torch.ones(4), total) == k
 
 
 def test_the_limit_caps_the_energy() -> None:

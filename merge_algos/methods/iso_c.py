@@ -1,0 +1,52 @@
+"""Isotropic merging: the sum of the task vectors with all its singular values made equal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from merge_algos.core import core_of
+from merge_algos.entries import check_finite_number, weighted
+from merge_algos.lowrank import LowRankDelta, canonical, numerical_rank, present, size_of
+from merge_algos.protocol import Merged, MergeMethod, ModuleContext
+
+
+@dataclass(frozen=True)
+class IsoC(MergeMethod):
+    """Iso-C (Marczak et al. 2025, arXiv:2502.04959) in the core: singular values of the weighted sum become their mean.
+
+    alpha: factor of the result. A flat spectrum has no small tail to cut, so truncating it below R loses much: the
+    certificate says how much. Differs from the paper: the mean is over the directions that the sum has, not over all
+    min(d_out, d_in), because those it has not are arbitrary.
+    """
+
+    name = "iso_c"
+    paper = "arXiv:2502.04959"
+    breaks = MappingProxyType(
+        {
+            "single adapter": "its spectrum is flattened too",
+            "two copies": "their spectrum is flattened too",
+            "linear": "singular vectors of a sum are not a sum",
+        }
+    )
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite_number("alpha", self.alpha)
+
+    def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
+        here = present(deltas, weights)
+        core = core_of([canonical(deltas[n]) for n in here])
+        total = weighted(list(core.M), [weights[n] for n in here])
+        return Merged(core.lift(self.alpha * isotropic(total, size_of(deltas, weights))))
+
+
+def isotropic(M: Tensor, size: float) -> Tensor:
+    """`mean(S) U V^T` over the directions of M (p, q) that are more than the rounding of a sum of terms of this size."""
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    k = numerical_rank(S, size)
+    flat: Tensor = S[:k].sum() / max(k, 1) * (U[:, :k] @ Vh[:k])
+    return flat

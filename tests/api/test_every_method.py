@@ -1,0 +1,81 @@
+"""Every registered method and post-step through `POST /merge`: the service ships what the library computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from making import SHAPES, Made, dense_directory, make
+from merge_algos import Adapter, LowRankDelta, merge, methods, post
+from merge_algos.formats import peft
+from merge_algos.merge import build_post
+from serving import Server
+
+INPUTS = (make(1), make(2, alpha=3, use_rslora=True))
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def stored(server: Server) -> tuple[str, ...]:
+    return tuple(server.add(made) for made in INPUTS)
+
+
+@pytest.mark.parametrize("method", methods.registry())
+def test_a_method_gives_over_http_what_it_gives_in_python(
+    server: Server, stored: tuple[str, ...], tmp_path: Path, method: str
+) -> None:
+    job = server.merge(*stored, weights=[0.7, -0.4], method=method, rank=RANK)
+    assert job["state"] == "succeeded", job["error"]
+    agrees(server, job, tmp_path, method=method)
+
+
+@pytest.mark.parametrize("step", post.registry())
+def test_a_post_step_gives_over_http_what_it_gives_in_python(
+    server: Server, stored: tuple[str, ...], tmp_path: Path, step: str
+) -> None:
+    job = server.merge(*stored, weights=[0.7, -0.4], rank=RANK, post=[{"name": step}])
+    agrees(server, job, tmp_path, post_steps=[build_post(step, {})])
+
+
+def test_lego_averages_where_no_weight_is_given(server: Server, stored: tuple[str, ...]) -> None:
+    asked = {"method": "lego", "adapters": [{"source": adapter} for adapter in stored]}
+    answer = server.http.post("/merge", json=asked, headers={"prefer": "wait=60"}).json()
+    assert [item["weight"] for item in answer["certificate"]["recipe"]["adapters"]] == [1.0, 1.0]
+
+
+def test_a_method_of_full_rank_needs_a_rank(server: Server, stored: tuple[str, ...]) -> None:
+    answer = server.http.post("/merge", json={"method": "ties", "adapters": [{"source": adapter} for adapter in stored]})
+    assert (answer.status_code, answer.json()["type"]) == (422, "urn:braid:problem:invalid-rank")
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ({"method": "ties", "parameters": {"density": 0.0}}, "parameters.density"),
+        ({"method": "ties", "parameters": {"density": "much"}}, "parameters.density"),
+        ({"post": [{"name": "nothing"}]}, "nothing"),
+        ({"post": [{"name": "svc", "parameters": {"beta": 1}}]}, "post.0.parameters.beta"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_by_name(
+    server: Server, stored: tuple[str, ...], body: dict[str, object], detail: str
+) -> None:
+    answer = server.http.post("/merge", json={"rank": 2, "adapters": [{"source": a} for a in stored], **body})
+    assert answer.status_code == 422
+    assert detail in answer.json()["detail"]
+
+
+def agrees(server: Server, job: dict[str, object], directory: Path, **options: object) -> None:
+    result = merge([adapter(made) for made in INPUTS], weights=[0.7, -0.4], rank=RANK, **options)  # type: ignore[arg-type]
+    shipped = dense_directory(server.download(job["result"]["id"], directory))  # type: ignore[index]
+    assert shipped.keys() == SHAPES.keys()
+    for module, delta in result.adapter.deltas.items():
+        expected = delta.to_dense().double()
+        assert (shipped[module] - expected).norm() <= 1e-4 * (1 + expected.norm())
+
+
+def adapter(made: Made) -> Adapter:
+    spec = peft.describe(made.config, {name: tuple(t.shape) for name, t in made.tensors.items()})
+    deltas: dict[str, LowRankDelta] = {m.name: peft.load(m, made.tensors[m.lora_A], made.tensors[m.lora_B]) for m in spec.modules}
+    assert all(delta.A.dtype == torch.float32 for delta in deltas.values())
+    return Adapter(spec.base_model, deltas)
