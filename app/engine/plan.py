@@ -33,7 +33,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     check_rule(method, recipe.rank)
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     modules = agree(spec.shapes for spec in specs)
-    ranks = {n: min(s) for n, s in modules.items()} if method.memory == "dense" else _ranks(specs, modules)
+    ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
     return Plan(base_model, modules, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
