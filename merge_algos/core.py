@@ -6,23 +6,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_algos.lowrank import LowRankDelta, concat, numerical_rank, thin_qr, with_fixed_signs
+from merge_algos.lowrank import (
+    CoreSVD,
+    Frame,
+    LowRankDelta,
+    canonical,
+    concat,
+    lifted,
+    numerical_rank,
+    present,
+    signs_of,
+    thin_qr,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Core:
     """U: (d_out, p), V: (d_in, q), both orthonormal, float64.  M: (n, p, q), one core per adapter."""
 
-    U: Tensor
-    V: Tensor
+    U: Frame
+    V: Frame
     M: Tensor
 
-    def lift(self, M: Tensor) -> LowRankDelta:
-        """The delta `U M V^T` of a core M (p, q), through its SVD: balanced factors."""
-        left, S, right = torch.linalg.svd(M, full_matrices=False)
-        svd = with_fixed_signs(self.U @ left, S, right @ self.V.mT)
-        root = svd.S.sqrt()
-        return LowRankDelta(svd.U * root, root[:, None] * svd.Vh)
+    def lift(self, M: Tensor) -> CoreSVD:
+        """The delta `U M V^T` of a core M (p, q)."""
+        return lifted(self.U, M, self.V)
+
+
+def present_cores(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> tuple[Core, list[float]]:
+    """The core of the adapters that are present, whatever their gauge, and their weights."""
+    here = present(deltas, weights)
+    return core_of([canonical(deltas[n]) for n in here]), [weights[n] for n in here]
 
 
 def core_of(deltas: Sequence[LowRankDelta]) -> Core:
@@ -32,7 +46,7 @@ def core_of(deltas: Sequence[LowRankDelta]) -> Core:
     """
     whole = concat(deltas)
     U, V = _basis(whole.B.double()), _basis(whole.A.double().mT)
-    M = torch.stack([(U.mT @ d.B.double()) @ (d.A.double() @ V) for d in deltas])
+    M = torch.stack([U.coordinates(d.B.double()) @ V.coordinates(d.A.double().mT).mT for d in deltas])
     return Core(U, V, M)
 
 
@@ -44,9 +58,9 @@ def polar(X: Tensor) -> Tensor:
     return nearest
 
 
-def _basis(X: Tensor) -> Tensor:
+def _basis(X: Tensor) -> Frame:
     """Left singular vectors (d, p) of X with singular values above rounding, signs fixed."""
     Q, R = thin_qr(X)
-    U, S, Vh = torch.linalg.svd(R, full_matrices=False)
-    k = numerical_rank(S)
-    return with_fixed_signs(Q @ U[:, :k], S[:k], Vh[:k]).U
+    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    U = U[:, : numerical_rank(S)]
+    return Q.within(U * signs_of(Q.times(U)))

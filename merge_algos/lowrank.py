@@ -2,6 +2,7 @@
 
 Kernels 1.1 to 1.4: concatenation is the exact sum; truncation is the best approximation of its rank (Eckart-Young)
 from two thin QR factorisations and the SVD of a small core; norms and inner products come from Gram matrices in float64.
+What is orthonormal stays a product until somebody asks for its columns, since a cut asks for few of them.
 """
 
 import math
@@ -27,6 +28,61 @@ class SVD:
     U: Tensor
     S: Tensor
     Vh: Tensor
+
+    def leading(self, k: int) -> "SVD":
+        return SVD(self.U[:, :k], self.S[:k], self.Vh[:k])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """Orthonormal columns `X W` (d, p), not formed. X: (d, k) float64.  W: (k, p), or None for the identity."""
+
+    X: Tensor
+    W: Tensor | None = None
+
+    def times(self, M: Tensor) -> Tensor:
+        """`X W M` (d, m) of M (p, m)."""
+        return self.X @ (M if self.W is None else self.W @ M)
+
+    def coordinates(self, Y: Tensor) -> Tensor:
+        """`W^T X^T Y` (p, m) of Y (d, m). What is opposite has opposite coordinates to the last bit."""
+        return self.X.mT @ Y if self.W is None else self.W.mT @ (self.X.mT @ Y)
+
+    def within(self, M: Tensor) -> "Frame":
+        """The frame of columns `X W M`; M (p, m) orthonormal."""
+        return Frame(self.X, M if self.W is None else self.W @ M)
+
+    @property
+    def columns(self) -> Tensor:
+        return self.X if self.W is None else self.X @ self.W
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoreSVD:
+    """`left U diag(S) Vh right^T` of frames left (d_out, p) and right (d_in, q), S descending: an SVD whose ends are lazy."""
+
+    left: Frame
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    right: Frame
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.left.X), len(self.right.X)
+
+    def leading(self, k: int) -> SVD:
+        """The first k singular triplets, signs fixed."""
+        return with_fixed_signs(self.left.times(self.U[:, :k]), self.S[:k], self.right.times(self.Vh[:k].mT).mT)
+
+    def to_dense(self) -> Tensor:
+        """(d_out, d_in). For tests and small matrices."""
+        return self.left.times(self.U * self.S) @ self.right.times(self.Vh.mT).mT
+
+    def scale(self, factor: float) -> "CoreSVD":
+        """factor: any finite number; its sign goes to U, so S stays a spectrum."""
+        sign = math.copysign(1.0, factor)
+        return CoreSVD(self.left, sign * self.U, abs(factor) * self.S, self.Vh, self.right)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,12 +135,16 @@ class LowRankDelta:
         """Frobenius norm. Rounding may leave a cancelling sum a hair below zero, hence the clamp."""
         return math.sqrt(max(self.inner(self), 0.0))
 
-    def svd(self) -> SVD:
+    def core_svd(self) -> CoreSVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""
-        QB, RB = thin_qr(self.B.double())  # (d_out, p), (p, rank)
-        QA, RA = thin_qr(self.A.double().mT)  # (d_in, q), (q, rank)
-        U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)  # core (p, q): B A = QB core QA^T
-        return with_fixed_signs(QB @ U, S, Vh @ QA.mT)
+        left, RB = thin_qr(self.B.double())  # (d_out, p), (p, rank)
+        right, RA = thin_qr(self.A.double().mT)  # (d_in, q), (q, rank)
+        return lifted(left, RB @ RA.mT, right)  # B A = left (RB RA^T) right^T
+
+    def svd(self) -> SVD:
+        """The whole of `core_svd`: U (d_out, k), Vh (k, d_in)."""
+        core = self.core_svd()
+        return core.leading(len(core.S))
 
 
 def concat(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
@@ -116,7 +176,7 @@ def shared_A(deltas: Sequence[LowRankDelta]) -> Tensor | None:
 
 def canonical(delta: LowRankDelta) -> LowRankDelta:
     """Balanced SVD factors with fixed signs, in the delta's dtype: one gauge for all factorisations of the same delta."""
-    svd = delta.svd()
+    svd = delta.core_svd()
     return from_svd(svd, numerical_rank(svd.S)).to(delta.B.dtype)
 
 
@@ -149,10 +209,11 @@ def mean_norm(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> float
     return sum(norms) / len(norms) if norms else 0.0
 
 
-def from_svd(svd: SVD, k: int) -> LowRankDelta:
+def from_svd(svd: SVD | CoreSVD, k: int) -> LowRankDelta:
     """The leading k terms, `sqrt(S)` on both factors: balanced, so neither overflows a narrow dtype before the other."""
-    root = svd.S[:k].sqrt()
-    return LowRankDelta(svd.U[:, :k] * root, root[:, None] * svd.Vh[:k])
+    kept = svd.leading(k)
+    root = kept.S.sqrt()
+    return LowRankDelta(kept.U * root, root[:, None] * kept.Vh)
 
 
 def distance(left: LowRankDelta, right: LowRankDelta) -> float:
@@ -165,7 +226,13 @@ def distance(left: LowRankDelta, right: LowRankDelta) -> float:
     return concat(terms).norm() if terms else 0.0
 
 
-def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
+def lifted(left: Frame, core: Tensor, right: Frame) -> CoreSVD:
+    """The SVD of `left core right^T`; core (p, q)."""
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return CoreSVD(left, U, S, Vh, right)
+
+
+def thin_qr(X: Tensor) -> tuple[Frame, Tensor]:
     """X (d, k) float64 = Q (d, p) R (p, k), p = min(d, k). Cholesky of the Gram where safe, Householder elsewhere."""
     L, failed = torch.linalg.cholesky_ex(X.mT @ X)
     inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)  # (k, k)
@@ -173,13 +240,18 @@ def thin_qr(X: Tensor) -> tuple[Tensor, Tensor]:
     condition = (inverse * L.norm(dim=1)).norm()
     if failed or not bool(condition < _CHOLESKY_MAX_CONDITION):
         Q, R = torch.linalg.qr(X)
-        return Q, R
-    return X @ inverse.mT, L.mT
+        return Frame(Q), R
+    return Frame(X, inverse.mT), L.mT
 
 
 def with_fixed_signs(U: Tensor, S: Tensor, Vh: Tensor) -> SVD:
+    sign = signs_of(U)
+    return SVD(U * sign, S, sign[:, None] * Vh)
+
+
+def signs_of(U: Tensor) -> Tensor:
+    """(k,) of +1 and -1 that make the largest entry of each column of U (d, k) positive."""
     if U.numel() == 0:
-        return SVD(U, S, Vh)
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))  # (1, k)
-    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
-    return SVD(U * sign, S, sign.mT * Vh)
+        return U.new_ones(U.shape[1])
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)

@@ -16,7 +16,7 @@ from merge_algos import methods, post
 from merge_algos.adapter import Adapter, common_base, union
 from merge_algos.blocks import BlockMatrix, seed_of, truncated_svd
 from merge_algos.errors import InvalidParams, InvalidRank, InvalidWeights, NonFiniteResult, WrongCount
-from merge_algos.lowrank import SVD, LowRankDelta, distance, from_svd, is_rounding, present
+from merge_algos.lowrank import SVD, CoreSVD, LowRankDelta, distance, from_svd, is_rounding, present
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext, PostStep
 from merge_algos.rank import RankRule
 
@@ -139,21 +139,23 @@ def _merged(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequen
     merged = method.merge(deltas, weights, context)
     if isinstance(merged.delta, BlockMatrix):
         return dataclasses.replace(merged, delta=_finite_blocks(merged.delta, context.module))
-    _check_finite(merged.delta, context.module)  # before the cut, whose SVD knows no infinity
+    if isinstance(merged.delta, LowRankDelta):  # a CoreSVD has been through an SVD, which knows no infinity
+        _check_finite(merged.delta, context.module)
     return merged
 
 
-def reduce(delta: LowRankDelta | BlockMatrix, context: ModuleContext) -> Cut:
+def reduce(delta: LowRankDelta | BlockMatrix | CoreSVD, context: ModuleContext) -> Cut:
     """The best approximation within the context's rank rule; `delta` itself if the rule keeps everything.
 
     A rank above min(d_out, d_in) is never shipped: the surplus is redundant, so cutting it loses nothing.
     """
     if isinstance(delta, BlockMatrix):
         return _reduce_blocks(delta, context)
-    if context.rank.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
+    if isinstance(delta, LowRankDelta) and context.rank.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
         return Cut(delta, delta.rank, delta.norm(), 0.0, exact=True)
-    svd = delta.svd()
-    return _cut(svd, context.rank.pick(svd.S), delta.rank, float(svd.S.square().sum()))
+    svd = delta.core_svd() if isinstance(delta, LowRankDelta) else delta
+    rank_in = delta.rank if isinstance(delta, LowRankDelta) else len(svd.S)
+    return _cut(svd, context.rank.pick(svd.S), rank_in, float(svd.S.square().sum()))
 
 
 def _reduce_blocks(matrix: BlockMatrix, context: ModuleContext) -> Cut:
@@ -168,7 +170,7 @@ def _reduce_blocks(matrix: BlockMatrix, context: ModuleContext) -> Cut:
         k = min(2 * k, rule.max or full, full)
 
 
-def _cut(svd: SVD, k: int, rank_in: int, energy: float) -> Cut:
+def _cut(svd: SVD | CoreSVD, k: int, rank_in: int, energy: float) -> Cut:
     """energy: squared norm of everything, of which `svd` may hold a part. What is lost is summed from the small end."""
     beyond = max(0.0, energy - float(svd.S.square().sum())) if rank_in > len(svd.S) else 0.0
     lost = (float(svd.S[k:].square().sum()) + beyond) / energy if energy else 0.0

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 from merge_algos.blocks import BlockMatrix
-from merge_algos.lowrank import LowRankDelta
+from merge_algos.lowrank import CoreSVD, LowRankDelta
 from merge_algos.rank import RankRule
 
 
@@ -23,11 +23,12 @@ class ModuleContext:
 class Merged:
     """One module's result, before it is cut to the requested rank.
 
-    delta: factors, or a BlockMatrix from a method that works on entries.  norm: the Frobenius norm that what is shipped
-    must have (rescaled after the cut), or None to leave it.  diagnostics go into the certificate, so they must be JSON.
+    delta: factors, an SVD whose ends are lazy, or a BlockMatrix from a method that works on entries.  norm: the Frobenius
+    norm that what is shipped must have (rescaled after the cut), or None to leave it.  diagnostics go into the certificate,
+    so they must be JSON.
     """
 
-    delta: LowRankDelta | BlockMatrix
+    delta: LowRankDelta | CoreSVD | BlockMatrix
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
     norm: float | None = None
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from merge_algos.core import core_of
+from merge_algos.core import present_cores
 from merge_algos.entries import check_choice, check_finite_number, check_fraction, elect_and_merge, trim, weighted
-from merge_algos.lowrank import LowRankDelta, canonical, present, size_of
+from merge_algos.lowrank import LowRankDelta, size_of
 from merge_algos.methods.iso_c import isotropic
 from merge_algos.methods.tsv import orthogonalised
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
@@ -45,9 +45,8 @@ class CoreSpace(MergeMethod):
         check_finite_number("lam", self.lam)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        here = present(deltas, weights)
-        core = core_of([canonical(deltas[n]) for n in here])
-        merged = self._merge_cores(core.M, [weights[n] for n in here], size_of(deltas, weights))
+        core, here = present_cores(deltas, weights)
+        merged = self._merge_cores(core.M, here, size_of(deltas, weights))
         return Merged(core.lift(self.lam * merged), {"core": list(merged.shape)})
 
     def _merge_cores(self, cores: Tensor, weights: Sequence[float], size: float) -> Tensor:

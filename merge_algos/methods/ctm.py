@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_algos.core import core_of
+from merge_algos.core import present_cores
 from merge_algos.entries import check_whole_number, weighted
-from merge_algos.lowrank import LowRankDelta, canonical, present
+from merge_algos.lowrank import LowRankDelta, present
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -29,14 +29,13 @@ class Ctm(MergeMethod):
         check_whole_number("iterations", self.iterations, least=0)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        here = present(deltas, weights)
-        core = core_of([canonical(deltas[n]) for n in here])
-        r = context.rank.max or max(deltas[n].rank for n in here)
+        core, shares = present_cores(deltas, weights)
+        r = context.rank.max or max(deltas[n].rank for n in present(deltas, weights))
         U, V = tucker2(core.M, r, self.iterations)
         small = U.mT @ core.M @ V  # (n, r, r), less where the core is smaller
         energy = core.M.square().sum()
         lost = (energy - small.square().sum()).clamp(min=0) / energy.clamp(min=torch.finfo(torch.float64).tiny)
-        merged = U @ weighted(list(small), [weights[n] for n in here]) @ V.mT
+        merged = U @ weighted(list(small), shares) @ V.mT
         return Merged(core.lift(merged), {"compression_error": float(lost.sqrt())})
 
 

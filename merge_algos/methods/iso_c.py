@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import core_of
+from merge_algos.core import present_cores
 from merge_algos.entries import check_finite_number, weighted
-from merge_algos.lowrank import LowRankDelta, canonical, numerical_rank, present, size_of
+from merge_algos.lowrank import LowRankDelta, numerical_rank, size_of
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -38,9 +38,8 @@ class IsoC(MergeMethod):
         check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        here = present(deltas, weights)
-        core = core_of([canonical(deltas[n]) for n in here])
-        total = weighted(list(core.M), [weights[n] for n in here])
+        core, here = present_cores(deltas, weights)
+        total = weighted(list(core.M), here)
         return Merged(core.lift(self.alpha * isotropic(total, size_of(deltas, weights))))
 
 

@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import core_of, polar
+from merge_algos.core import polar, present_cores
 from merge_algos.entries import check_finite_number, check_fraction
-from merge_algos.lowrank import LowRankDelta, canonical, numerical_rank, present, size_of
+from merge_algos.lowrank import LowRankDelta, numerical_rank, size_of
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -40,9 +40,8 @@ class IsoCts(MergeMethod):
         check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        here = present(deltas, weights)
-        core = core_of([canonical(deltas[n]) for n in here])
-        tasks = [weights[n] * M for n, M in zip(here, core.M, strict=True)]
+        core, here = present_cores(deltas, weights)
+        tasks = [weight * M for weight, M in zip(here, core.M, strict=True)]
         return Merged(core.lift(self.alpha * self._merge_cores(tasks, size_of(deltas, weights))))
 
     def _merge_cores(self, tasks: Sequence[Tensor], size: float) -> Tensor:

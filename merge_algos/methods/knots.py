@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_algos.blocks import seed_of
 from merge_algos.entries import check_choice, check_finite_number, check_fraction, combine, drop, trim
-from merge_algos.lowrank import LowRankDelta, numerical_rank, present, thin_qr, with_fixed_signs
+from merge_algos.lowrank import LowRankDelta, numerical_rank, present, signs_of, thin_qr
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -59,7 +59,7 @@ class Knots(MergeMethod):
 
 
 def shared_left_basis(deltas: Sequence[LowRankDelta]) -> tuple[Tensor, list[Tensor]]:
-    """U (d_out, k) of the concatenation side by side, and `S V_i = U^T delta_i` (k, d_in) per adapter; float64.
+    """U (d_out, k) of the concatenation side by side, and `S V_i = U^T delta_i` (k, d_in) per adapter; in the deltas' dtype.
 
     `sum_i delta_i delta_i^T = QB (sum_i R_i A_i A_i^T R_i^T) QB^T` with `[B_1 .. B_n] = QB [R_1 .. R_n]`, so U comes from a
     small symmetric matrix.
@@ -67,7 +67,8 @@ def shared_left_basis(deltas: Sequence[LowRankDelta]) -> tuple[Tensor, list[Tens
     QB, RB = thin_qr(torch.cat([d.B.double() for d in deltas], 1))
     blocks = torch.split(RB, [d.rank for d in deltas], 1)  # (p, r_i)
     factors = [R @ thin_qr(d.A.double().mT)[1].mT for R, d in zip(blocks, deltas, strict=True)]
-    left, S, right = torch.linalg.svd(torch.cat(factors, 1), full_matrices=False)
-    k = numerical_rank(S)
-    U = with_fixed_signs(QB @ left[:, :k], S[:k], right[:k]).U
-    return U, [(U.mT @ d.B.double()) @ d.A.double() for d in deltas]
+    left, S, _ = torch.linalg.svd(torch.cat(factors, 1), full_matrices=False)
+    left = left[:, : numerical_rank(S)]
+    U = QB.within(left * signs_of(QB.times(left)))
+    shares = [U.coordinates(d.B.double()).to(d.A.dtype) @ d.A for d in deltas]
+    return U.columns.to(deltas[0].B.dtype), shares

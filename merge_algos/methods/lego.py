@@ -17,6 +17,7 @@ from merge_algos.lowrank import LowRankDelta, canonical, present
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 _ZERO_RATIO = 1e-6
+_DECIMALS = 9  # of coordinates, whose rounding is far below
 _CANCELLED = 1e-9  # a mean this much smaller than its members is their rounding
 
 
@@ -97,7 +98,9 @@ def cluster(units: Tensor, k: int, seed: int) -> Tensor:
     order = units.norm(dim=1).argsort(descending=True, stable=True)
     scaled = units[order] / units.abs().max()  # the partition has no unit of length, and no square overflows
     eigenvalues, vectors = torch.linalg.eigh(scaled @ scaled.mT)
-    coordinates = (vectors * eigenvalues.clamp(min=0).sqrt()).cpu().numpy()  # (R, R), distances as between the units
+    sizes = eigenvalues.where(eigenvalues > _ZERO_RATIO**2 * eigenvalues[-1], 0).sqrt()
+    # (R, R), distances as between the units; rounded, so that equal units are equal here too
+    coordinates = (vectors * sizes).round(decimals=_DECIMALS).cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct units than k: fewer clusters, not an error
         found = KMeans(k, init="k-means++", n_init=10, tol=0.0, random_state=seed).fit_predict(coordinates)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_algos.blocks import BlockMatrix
 from merge_algos.entries import check_choice, check_finite_number, check_flag, check_fraction
-from merge_algos.lowrank import LowRankDelta, canonical, mean_norm, present, thin_qr
+from merge_algos.lowrank import CoreSVD, LowRankDelta, canonical, mean_norm, present, thin_qr
 from merge_algos.methods.task_arithmetic import TaskArithmetic
 from merge_algos.methods.ties import Ties
 from merge_algos.methods.tsv import Tsv
@@ -103,7 +103,7 @@ def _diagnostics(G: Tensor, deltas: Sequence[LowRankDelta]) -> dict[str, Any]:
 
 def _overlap(deltas: Sequence[LowRankDelta]) -> float:
     """Mean over pairs of `||U_i^T U_j||^2 / min(r_i, r_j)` minus what random subspaces have, max(r_i, r_j) / d_out."""
-    bases = [thin_qr(d.B.double())[0] for d in deltas if d.rank]
+    bases = [thin_qr(d.B.double())[0].columns for d in deltas if d.rank]
     d_out = deltas[0].shape[0]
     pairs = [(U, W) for n, U in enumerate(bases) for W in bases[:n]]
     beyond = [
@@ -117,7 +117,7 @@ def _at_norm(delta: LowRankDelta, norm: float) -> LowRankDelta:
     return delta.scale(norm / own) if own else delta
 
 
-def _scaled(delta: LowRankDelta | BlockMatrix, factor: float) -> LowRankDelta | BlockMatrix:
-    if isinstance(delta, LowRankDelta):
-        return delta.scale(factor)
-    return dataclasses.replace(delta, rows=lambda start, stop: factor * delta.rows(start, stop))
+def _scaled(delta: LowRankDelta | CoreSVD | BlockMatrix, factor: float) -> LowRankDelta | CoreSVD | BlockMatrix:
+    if isinstance(delta, BlockMatrix):
+        return dataclasses.replace(delta, rows=lambda start, stop: factor * delta.rows(start, stop))
+    return delta.scale(factor)

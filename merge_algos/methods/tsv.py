@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import core_of, polar
+from merge_algos.core import polar, present_cores
 from merge_algos.entries import check_finite_number
-from merge_algos.lowrank import LowRankDelta, canonical, numerical_rank, present
+from merge_algos.lowrank import LowRankDelta, numerical_rank
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -35,9 +35,8 @@ class Tsv(MergeMethod):
         check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        here = present(deltas, weights)
-        core = core_of([canonical(deltas[n]) for n in here])
-        merged = orthogonalised([weights[n] * M for n, M in zip(here, core.M, strict=True)])
+        core, here = present_cores(deltas, weights)
+        merged = orthogonalised([weight * M for weight, M in zip(here, core.M, strict=True)])
         return Merged(core.lift(self.alpha * merged))
 
 
