@@ -17,6 +17,7 @@ from app.console import certificate_table, how_to_load, progress_bar
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
+from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField
 from app.resolve import resolve
@@ -79,7 +80,7 @@ def merge_here(
     if known is not None and ingest.complete(services, known.target):
         adapter = known.target
     else:
-        executor = DirectExecutor(workbench(services, available(settings.devices)[0]))
+        executor = DirectExecutor(workbench(services, available(settings.devices)[0], threads_for(settings, 1)))
         with progress_bar(console) as report:
             adapter = run_all(Run(services, recipe, executor, report, stop=lambda: False))
     _save(services, adapter, output)

@@ -133,7 +133,8 @@ class LowRankDelta:
 
     def norm(self) -> float:
         """Frobenius norm. Rounding may leave a cancelling sum a hair below zero, hence the clamp."""
-        return math.sqrt(max(self.inner(self), 0.0))
+        B, A = self.B.double(), self.A.double()
+        return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum().item()), 0.0))
 
     def core_svd(self) -> CoreSVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""

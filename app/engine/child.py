@@ -35,21 +35,21 @@ def main(device: str, threads: int) -> None:
     answers = _private_stdout()
     settings = Settings()
     logs.configure(settings.log_level)
-    torch.set_num_threads(threads)  # results are the same bytes only for the same number of threads
-    bench = workbench(Services.open(settings), device)
+    torch.set_num_threads(1)  # every module has one thread, see task: more of them work on other modules
+    bench = workbench(Services.open(settings), device, threads)
     for line in _lines():
         answers.write(json.dumps(_answer(line, bench)) + "\n")
         answers.flush()
 
 
-def workbench(services: Services, device: str) -> Workbench:
+def workbench(services: Services, device: str, threads: int) -> Workbench:
     """A bench that keeps recently used adapters open: their headers are parsed once per merge, not once per shard."""
 
     @lru_cache(maxsize=_OPEN_ADAPTERS)
     def open_adapter(digest: Digest) -> OpenAdapter:
         return OpenAdapter.open(services.blobs, digest)
 
-    return Workbench(services, device, open_adapter)
+    return Workbench(services, device, threads, open_adapter)
 
 
 def _answer(line: str, bench: Workbench) -> dict[str, Any]:

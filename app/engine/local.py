@@ -130,10 +130,15 @@ class LocalPool:
         return tuple(child.device for child in self.children)
 
 
+def threads_for(settings: Settings, devices: int) -> int:
+    """CPU threads of one job slot, where so many devices share the machine."""
+    return settings.threads or max(1, (os.cpu_count() or 1) // devices)
+
+
 def open_pool(settings: Settings, devices: Sequence[str]) -> LocalPool:
     """Start the children at once, so that the first job does not wait for imports."""
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // len(devices))
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    threads = threads_for(settings, len(devices))
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = {**settings.to_environment(), **limits}
     pool = LocalPool(tuple(Child(device, threads, environment) for device in devices))
     for child in pool.children:

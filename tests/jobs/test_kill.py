@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from sqlalchemy import func, select
 
 from app import ingest
@@ -169,20 +168,17 @@ def test_results_are_the_bytes_of_a_merge_that_nothing_disturbed(
     soak: Soak, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The reference runs in this process, in one shard; the adapter's id covers its weights, certificate and card."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     calm = Services.open(Settings(data_dir=tmp_path, shard_bytes=2**30))
     for made in adapters(SHAPES):
         ingest.import_upload(calm, *([part] for part in made.files.values()))
     expected = [str(undisturbed(calm, soak.recipe(hit))) for hit in soak.hits]
-    torch.set_num_threads(threads)
     with capsys.disabled():
         print(figures(soak))
     assert [hit.ended["result"]["id"] for hit in soak.hits] == expected
 
 
 def undisturbed(services: Services, recipe: Recipe) -> Digest:
-    executor = DirectExecutor(workbench(services, "cpu"))
+    executor = DirectExecutor(workbench(services, "cpu", 2))
     return run_all(Run(services, recipe, executor, report=lambda *_: None, stop=lambda: False))
 
 

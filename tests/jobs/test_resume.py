@@ -36,7 +36,7 @@ def recipe_in(services: Services) -> Recipe:
 
 def run(services: Services, recipe: Recipe, *, shards: int | None = None) -> Digest:
     """The merge, stopped after so many shards."""
-    executor = DirectExecutor(workbench(services, "cpu"))
+    executor = DirectExecutor(workbench(services, "cpu", 2))
 
     def stop() -> bool:
         return shards is not None and len(services.jobs.shards(recipe.digest)) >= shards
