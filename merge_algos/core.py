@@ -1,5 +1,6 @@
 """The small matrices in which spectral methods live: `delta_i = U M_i V^T` exactly, with bases shared by all adapters."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,25 @@ from merge_algos.lowrank import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Core:
-    """U: (d_out, p), V: (d_in, q), both orthonormal, float64.  M: (n, p, q), one core per adapter."""
+    """U: (d_out, p), V: (d_in, q), both orthonormal, float64.
+
+    halves: per adapter its factors in these bases, b (p, r_i) and a (q, r_i), both with orthogonal columns: `M_i = b a^T`.
+    """
 
     U: Frame
     V: Frame
-    M: Tensor
+    halves: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def M(self) -> Tensor:
+        """(n, p, q), one core per adapter."""
+        return torch.stack([b @ a.mT for b, a in self.halves])
+
+    def triplets(self, n: int, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The SVD of `weight M_n`: (p, r), (r,) not below zero, (q, r). Its factors have it already, but for their norms."""
+        b, a = self.halves[n]
+        left, right = (half.norm(dim=0).clamp(min=torch.finfo(half.dtype).tiny) for half in (b, a))
+        return math.copysign(1.0, weight) * b / left, abs(weight) * left * right, a / right
 
     def lift(self, M: Tensor) -> CoreSVD:
         """The delta `U M V^T` of a core M (p, q)."""
@@ -46,8 +61,7 @@ def core_of(deltas: Sequence[LowRankDelta]) -> Core:
     """
     whole = concat(deltas)
     U, V = _basis(whole.B.double()), _basis(whole.A.double().mT)
-    M = torch.stack([U.coordinates(d.B.double()) @ V.coordinates(d.A.double().mT).mT for d in deltas])
-    return Core(U, V, M)
+    return Core(U, V, tuple((U.coordinates(d.B.double()), V.coordinates(d.A.double().mT)) for d in deltas))
 
 
 def polar(X: Tensor) -> Tensor:

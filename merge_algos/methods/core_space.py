@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from merge_algos.core import present_cores
+from merge_algos.core import Core, present_cores
 from merge_algos.entries import check_choice, check_finite_number, check_fraction, elect_and_merge, trim, weighted
 from merge_algos.lowrank import LowRankDelta, size_of
 from merge_algos.methods.iso_c import isotropic
@@ -46,12 +46,12 @@ class CoreSpace(MergeMethod):
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
-        merged = self._merge_cores(core.M, here, size_of(deltas, weights))
+        merged = self._merge_cores(core, here, size_of(deltas, weights))
         return Merged(core.lift(self.lam * merged), {"core": list(merged.shape)})
 
-    def _merge_cores(self, cores: Tensor, weights: Sequence[float], size: float) -> Tensor:
+    def _merge_cores(self, core: Core, weights: Sequence[float], size: float) -> Tensor:
         if self.inner == "ties":
-            return elect_and_merge([trim(M, self.density) for M in cores], weights)
+            return elect_and_merge([trim(M, self.density) for M in core.M], weights)
         if self.inner == "iso":
-            return isotropic(weighted(list(cores), weights), size)
-        return orthogonalised([w * M for w, M in zip(weights, cores, strict=True)])
+            return isotropic(weighted(list(core.M), weights), size)
+        return orthogonalised(core, weights)

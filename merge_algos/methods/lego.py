@@ -59,12 +59,14 @@ class Lego(MergeMethod):
             return Merged(LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B))
         ranks = list(Counter(owners).values())
         k = min(context.rank.max or max(ranks), len(units))
-        labels = cluster(units, k, seed_of(context.seed, context.module) % 2**32)
-        centroids = torch.stack([_centroid(units[labels == label]) for label in range(int(labels.max()) + 1)])
+        gram = units @ units.mT  # (R, R): all that distances depend on
+        labels = cluster(gram, k, seed_of(context.seed, context.module) % 2**32)
+        means = _means(labels).to(units)  # (k, R): means @ units are the centres
+        centroids = _reweighted(means, units)
         d_in = deltas[0].shape[1]
         output = (round(sum(ranks) / len(ranks)) / len(centroids)) ** 0.5
         merged = LowRankDelta(output * centroids[:, d_in:].mT, centroids[:, :d_in])
-        return Merged(merged, _diagnostics(units, labels, centroids, owners))
+        return Merged(merged, _diagnostics(gram, labels, means, owners))
 
     def _units(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], here: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Rows `[a ; b]` (R, d_in + d_out), float64, none of them zero, and the position of the adapter each came from."""
@@ -84,8 +86,8 @@ class Lego(MergeMethod):
         return _balanced(delta) if self.canonical == "balanced" else delta
 
 
-def cluster(units: Tensor, k: int, seed: int) -> Tensor:
-    """Labels 0 .. of (R, D) units in at most k clusters, none empty. Distances come from the Gram matrix alone.
+def cluster(gram: Tensor, k: int, seed: int) -> Tensor:
+    """Labels 0 .. of R units in at most k clusters, none empty. gram: (R, R), their inner products.
 
     k-means++ depends on the order of what it is given, so the longest unit comes first, whoever's it is.
     """
@@ -93,11 +95,11 @@ def cluster(units: Tensor, k: int, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    if k == len(units):
+    if k == len(gram):
         return torch.arange(k)
-    order = units.norm(dim=1).argsort(descending=True, stable=True)
-    scaled = units[order] / units.abs().max()  # the partition has no unit of length, and no square overflows
-    eigenvalues, vectors = torch.linalg.eigh(scaled @ scaled.mT)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    scaled = gram[order][:, order] / gram.diagonal().max()  # the partition has no unit of length
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
     sizes = eigenvalues.where(eigenvalues > _ZERO_RATIO**2 * eigenvalues[-1], 0).sqrt()
     # (R, R), distances as between the units; rounded, so that equal units are equal here too
     coordinates = (vectors * sizes).round(decimals=_DECIMALS).cpu().numpy()
@@ -108,11 +110,17 @@ def cluster(units: Tensor, k: int, seed: int) -> Tensor:
     return labels[order.cpu().argsort()]
 
 
-def _centroid(members: Tensor) -> Tensor:
-    """(D,) mean of members (m, D), scaled to their mean largest magnitude; of members that cancel no more than rounding."""
-    mean = members.mean(0)
-    wanted = members.abs().amax(1).mean()
-    return mean * (wanted / mean.abs().max().clamp(min=_CANCELLED * wanted))
+def _means(labels: Tensor) -> Tensor:
+    """(k, R): row c averages the members of cluster c."""
+    members = torch.nn.functional.one_hot(labels).double().mT
+    return members / members.sum(1, keepdim=True)
+
+
+def _reweighted(means: Tensor, units: Tensor) -> Tensor:
+    """(k, D) centres scaled to their members' mean largest magnitude; of members that cancel no more than rounding."""
+    centres = means @ units
+    wanted = means @ units.abs().amax(1)
+    return centres * (wanted / centres.abs().amax(1).clamp(min=_CANCELLED * wanted))[:, None]
 
 
 def _balanced(delta: LowRankDelta) -> LowRankDelta:
@@ -124,13 +132,14 @@ def _balanced(delta: LowRankDelta) -> LowRankDelta:
     return LowRankDelta(delta.B * (sign / ratio), (sign * ratio)[:, None] * delta.A)
 
 
-def _diagnostics(units: Tensor, labels: Tensor, centroids: Tensor, owners: list[int]) -> dict[str, Any]:
-    labels = labels.to(units.device)
-    means = torch.stack([units[labels == label].mean(0) for label in range(len(centroids))])
-    cosine = torch.nn.functional.cosine_similarity(units, means[labels], dim=1)
+def _diagnostics(gram: Tensor, labels: Tensor, means: Tensor, owners: list[int]) -> dict[str, Any]:
+    own = means[labels.to(means.device)]  # (R, R): row j averages the cluster of unit j
+    products, squares = (own * gram).sum(1), ((own @ gram) * own).sum(1)  # <u_j, its centre>, ||its centre||^2
+    lengths = gram.diagonal()
+    cosine = products / (lengths * squares).clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     return {
         "cluster_sizes": torch.bincount(labels).tolist(),
-        "inertia": float((units - means[labels]).square().sum()),
+        "inertia": float((lengths - squares).sum().clamp(min=0)),
         "within_cluster_cosine": float(cosine.mean()),
         "assignment": [[owner, label] for owner, label in zip(owners, labels.tolist(), strict=True)],
     }

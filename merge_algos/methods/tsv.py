@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import polar, present_cores
+from merge_algos.core import Core, polar, present_cores
 from merge_algos.entries import check_finite_number
-from merge_algos.lowrank import LowRankDelta, numerical_rank
+from merge_algos.lowrank import LowRankDelta
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -36,15 +36,10 @@ class Tsv(MergeMethod):
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
-        merged = orthogonalised([weight * M for weight, M in zip(here, core.M, strict=True)])
-        return Merged(core.lift(self.alpha * merged))
+        return Merged(core.lift(self.alpha * orthogonalised(core, here)))
 
 
-def orthogonalised(matrices: Sequence[Tensor]) -> Tensor:
-    """`polar([U_1 ..]) diag([S_1 ..]) polar([V_1 ..])^T` over the SVDs of matrices (p, q)."""
-    svds = [torch.linalg.svd(M, full_matrices=False) for M in matrices]
-    ranks = [numerical_rank(S) for _, S, _ in svds]
-    U = torch.cat([U[:, :k] for (U, _, _), k in zip(svds, ranks, strict=True)], 1)
-    S = torch.cat([S[:k] for (_, S, _), k in zip(svds, ranks, strict=True)])
-    V = torch.cat([Vh[:k].mT for (_, _, Vh), k in zip(svds, ranks, strict=True)], 1)
-    return (polar(U) * S) @ polar(V).mT
+def orthogonalised(core: Core, weights: Sequence[float]) -> Tensor:
+    """`polar([U_1 ..]) diag([S_1 ..]) polar([V_1 ..])^T` (p, q) over the SVDs of the weighted cores."""
+    U, S, V = zip(*(core.triplets(n, weight) for n, weight in enumerate(weights)), strict=True)
+    return (polar(torch.cat(U, 1)) * torch.cat(S)) @ polar(torch.cat(V, 1)).mT
