@@ -47,8 +47,10 @@ def trim(matrix: Tensor, density: float) -> Tensor:
 
 
 def at_least(matrix: Tensor, threshold: float) -> Tensor:
-    """The entries of this magnitude or more; the rest zero."""
-    below = torch.nextafter(torch.tensor(threshold, dtype=matrix.dtype), torch.tensor(0.0, dtype=matrix.dtype))
+    """The entries of this magnitude or more; the rest zero. The threshold need not be a number of the matrix's dtype."""
+    below = torch.tensor(threshold, dtype=matrix.dtype)
+    if float(below) >= threshold:
+        below = torch.nextafter(below, torch.zeros_like(below))
     return torch.nn.functional.hardshrink(matrix, float(below))  # one pass; a mask would take five times as long
 
 
