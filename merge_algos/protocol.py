@@ -80,6 +80,7 @@ class MergeMethod(Protocol):
         """One module's findings in this round: JSON, and small, because those of a model travel between processes.
 
         Takes what `merge` takes, but perhaps no delta is present. All have one dtype, which may differ from module to module.
+        The order of an object's keys is lost on the way, so nothing may depend on it.
         """
         return None
 
