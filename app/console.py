@@ -13,6 +13,7 @@ _MOST_ROWS = 40
 _STAGES = {
     "queued": "waiting for a worker",
     "fetch": "fetching adapters",
+    "survey": "surveying modules",
     "merge": "merging modules",
     "assemble": "writing the adapter",
 }

@@ -95,7 +95,9 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 class Progress(BaseModel):
-    stage: str = Field(description="queued, fetch (counts adapters), merge (counts modules), assemble")
+    stage: str = Field(
+        description="queued, fetch (counts adapters), survey (counts modules, in rounds), merge (counts modules), assemble"
+    )
     done: int
     total: int
 

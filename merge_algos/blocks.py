@@ -18,7 +18,6 @@ BLOCK_ENTRIES = 1 << 20  # 4 MiB of float32 per adapter and block
 _SMALL_ENTRIES = 1 << 18  # up to 512 x 512 the exact SVD is as fast as the sketch
 _OVERSAMPLING = 16
 _ITERATIONS = 3
-_BITS_OF = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,25 +54,6 @@ def dense_rows(delta: LowRankDelta, start: int, stop: int) -> Tensor:
     return delta.B[start:stop] @ delta.A
 
 
-def magnitude_threshold(delta: LowRankDelta, keep: int, block_entries: int = BLOCK_ENTRIES) -> float:
-    """The keep-th largest |entry| of `B A`, exactly, in row blocks: a radix select on the bits, 16 of them in each pass.
-
-    keep: from 1 to d_out * d_in.  Non-negative floats order as their bits do.  float32 takes two passes, float64 four.
-    """
-    dtype = _BITS_OF[delta.B.dtype]
-    highest = 8 * dtype.itemsize - 16
-    prefix, left = 0, keep  # the bits known so far, and the position among the entries that have them
-    for shift in range(highest, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=delta.B.device)
-        for start, stop in row_ranges(delta.shape, block_entries):
-            bits = dense_rows(delta, start, stop).abs().flatten().view(dtype) >> shift
-            like = bits if shift == highest else bits[bits >> 16 == prefix] & 0xFFFF
-            counts += torch.bincount(like, minlength=1 << 16)
-        bin_, above = _bin_of(counts, left)
-        prefix, left = prefix << 16 | bin_, left - above
-    return float(torch.tensor(prefix, dtype=dtype).view(delta.B.dtype))
-
-
 def truncated_svd(matrix: BlockMatrix, k: int, *, seed: int) -> tuple[SVD, float]:
     """The leading k singular triplets, float64, and the squared Frobenius norm of the whole matrix.
 
@@ -96,14 +76,6 @@ def seed_of(*parts: object) -> int:
     """63 bits from the recipe's seed, the module, the adapter's position ..: the same on every machine."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _bin_of(counts: Tensor, keep: int) -> tuple[int, int]:
-    """The bin that holds the keep-th largest, and how many lie in the bins above it."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, torch.tensor(keep, device=counts.device)))
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, above
 
 
 def _exact_svd(matrix: BlockMatrix, k: int) -> tuple[SVD, float]:

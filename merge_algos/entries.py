@@ -38,17 +38,11 @@ def combine(stack: Sequence[Tensor], weights: Sequence[float], how: Combine) -> 
     return elect_and_merge(stack, weights) if how == "ties" else weighted(stack, weights)
 
 
-def trim(matrix: Tensor, density: float) -> Tensor:
-    """Keep the largest entries by magnitude, zero the rest. Entries equal to the threshold are all kept."""
-    if matrix.numel() == 0:
-        return matrix
-    keep = kept(matrix.numel(), density)
-    return at_least(matrix, float(matrix.abs().flatten().kthvalue(matrix.numel() - keep + 1).values))
-
-
 def at_least(matrix: Tensor, threshold: float) -> Tensor:
-    """The entries of this magnitude or more; the rest zero."""
-    below = torch.nextafter(torch.tensor(threshold, dtype=matrix.dtype), torch.tensor(0.0, dtype=matrix.dtype))
+    """The entries of this magnitude or more; the rest zero. The threshold need not be a number of the matrix's dtype."""
+    below = torch.tensor(threshold, dtype=matrix.dtype)
+    if float(below) >= threshold:
+        below = torch.nextafter(below, torch.zeros_like(below))
     return torch.nn.functional.hardshrink(matrix, float(below))  # one pass; a mask would take five times as long
 
 

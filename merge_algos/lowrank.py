@@ -75,10 +75,6 @@ class CoreSVD:
         """The first k singular triplets, signs fixed."""
         return with_fixed_signs(self.left.times(self.U[:, :k]), self.S[:k], self.right.times(self.Vh[:k].mT).mT)
 
-    def to_dense(self) -> Tensor:
-        """(d_out, d_in). For tests and small matrices."""
-        return self.left.times(self.U * self.S) @ self.right.times(self.Vh.mT).mT
-
     def scale(self, factor: float) -> "CoreSVD":
         """factor: any finite number; its sign goes to U, so S stays a spectrum."""
         sign = math.copysign(1.0, factor)

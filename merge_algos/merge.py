@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,12 +86,32 @@ def merge(
     given = check_weights(default_weights(chosen, len(adapters)) if weights is None else weights, len(adapters))
     rule = rank if isinstance(rank, RankRule) else RankRule(max=rank)
     check_rule(chosen, rule)
+    inputs = {name: [a.delta(name, shape) for a in adapters] for name, shape in union(adapters).items()}
+    known = _survey(chosen, inputs, given, seed, rule)
     results = [
-        merge_module(chosen, [a.delta(name, shape) for a in adapters], given, ModuleContext(name, seed, rule), dtype, post_steps)
-        for name, shape in union(adapters).items()
+        merge_module(chosen, deltas, given, ModuleContext(name, seed, rule, known), dtype, post_steps)
+        for name, deltas in inputs.items()
     ]
     merged = Adapter(common_base([a.base_model for a in adapters]), {r.report.module: r.delta for r in results})
     return MergeResult(merged, tuple(r.report for r in results))
+
+
+def _survey(
+    method: MergeMethod, inputs: Mapping[str, Sequence[LowRankDelta]], weights: Sequence[float], seed: int, rule: RankRule
+) -> Any:
+    """What the method knows of all modules after as many rounds as it asks for."""
+    known: Any = None
+    while inputs and method.unsettled(known):
+        context = functools.partial(ModuleContext, seed=seed, rank=rule, known=known)
+        findings = (survey_module(method, deltas, weights, context(name)) for name, deltas in inputs.items())
+        known = method.settle(functools.reduce(method.pool, findings), known)
+    return known
+
+
+def survey_module(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
+    """One module's findings, on the very deltas that `merge_module` will merge. Raises NonFiniteResult."""
+    widened = _checked(deltas, context)
+    return method.survey(widened, weights, context)
 
 
 def merge_module(
@@ -105,9 +126,8 @@ def merge_module(
 
     Raises NonFiniteResult if the inputs are not finite, or anything overflows that is computed from them.
     """
-    widened = _widened(deltas)
-    for delta in widened:
-        _check_finite(delta, context.module)
+    assert not method.unsettled(context.known), f"{method.name} is to survey all modules first"
+    widened = _checked(deltas, context)
     try:
         merged = _merged(method, widened, weights, context)
         cut = reduce(merged.delta, context)
@@ -248,6 +268,14 @@ def build_post(name: str, parameters: Mapping[str, Any]) -> PostStep:
     chosen = post.find(name)
     refuse_unknown(chosen, name, parameters)
     return chosen(**parameters)
+
+
+def _checked(deltas: Sequence[LowRankDelta], context: ModuleContext) -> list[LowRankDelta]:
+    """All in the dtype of the arithmetic. Raises NonFiniteResult."""
+    widened = _widened(deltas)
+    for delta in widened:
+        _check_finite(delta, context.module)
+    return widened
 
 
 def _check_finite(delta: LowRankDelta, module: str) -> None:

@@ -12,11 +12,16 @@ from merge_algos.rank import RankRule
 
 @dataclass(frozen=True, slots=True)
 class ModuleContext:
-    """What a method may know beside the deltas: the module's name, the recipe's seed, and the rank it will be cut to."""
+    """What a method may know beside the deltas: the module's name, the recipe's seed, and the rank it will be cut to.
+
+    known: of the whole adapters, what the rounds of a survey have settled so far; None before the first, and where the method
+    asks for none.
+    """
 
     module: str
     seed: int
     rank: RankRule
+    known: Any = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +45,8 @@ class MergeMethod(Protocol):
     a recipe's identity.  memory: "factors" if no dense block is ever formed, "dense" if rows of the deltas are, and the
     result has full rank.  needs: what beside the adapters.  min_adapters, max_adapters: other numbers are refused.
     default_weight: of every adapter where a caller gives none; None for 1/n.
+    unsettled, survey, pool, settle: for a method that has to see all modules before it merges one. A round is
+    `known = settle(pool of survey of each module, known)`, and there are as many as `unsettled(known)` asks for.
     breaks: laws of the contract suite (tests/algos/laws.py) that the method breaks at its default parameters -> why. A method
     states what differs from here.
     """
@@ -65,6 +72,29 @@ class MergeMethod(Protocol):
         At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64.
         """
         ...
+
+    def unsettled(self, known: Any) -> bool:
+        """Whether all modules must be surveyed (once more) before merging. known: None before the first round."""
+        return False
+
+    def survey(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
+        """One module's findings in this round: JSON, and small, because those of a model travel between processes.
+
+        Takes what `merge` takes, but perhaps no delta is present. All have one dtype, which may differ from module to module.
+        The order of an object's keys is lost on the way, so nothing may depend on it.
+        """
+        return None
+
+    def pool(self, left: Any, right: Any) -> Any:
+        """The findings of both. Associative; `left` is of modules before those of `right`, in natural order."""
+        return None
+
+    def settle(self, findings: Any, known: Any) -> Any:
+        """What is known of the whole adapters after this round: JSON of some 100 kB at most, since every task is told.
+
+        findings: of all modules.  known: after the round before.  Pure, so that a round can be run again.
+        """
+        return None
 
 
 class PostStep(Protocol):

@@ -4,10 +4,12 @@ A task names its inputs by digest and answers with a descriptor, so it can run i
 and running it twice stores the same bytes once.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
 from merge_algos.formats import peft
-from merge_algos.merge import ModuleReport, ModuleResult, build, build_post, merge_module
+from merge_algos.merge import ModuleReport, ModuleResult, build, build_post, merge_module, survey_module
 from merge_algos.protocol import ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -43,14 +45,34 @@ class FetchTask:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardTask:
-    """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON."""
+class SurveyTask:
+    """Look at some modules before any is merged: answers with their findings, pooled, in JSON.
+
+    known: what the rounds before have settled, None in the first.
+    """
 
     recipe: Mapping[str, Any]
     inputs: tuple[Digest, ...]
     modules: Mapping[str, tuple[int, int]]
     weights: Mapping[str, tuple[float, ...]]
     number: int
+    known: Any = None
+    kind: Literal["survey"] = "survey"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
+
+    known: what a survey has settled of the whole adapters, None where the method asks for none.
+    """
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    modules: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, tuple[float, ...]]
+    number: int
+    known: Any = None
     kind: Literal["shard"] = "shard"
 
 
@@ -65,7 +87,7 @@ class AssembleTask:
     kind: Literal["assemble"] = "assemble"
 
 
-Task = FetchTask | ShardTask | AssembleTask
+Task = FetchTask | SurveyTask | ShardTask | AssembleTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +105,8 @@ def run_task(task: Task, bench: Workbench) -> Descriptor:
     match task:
         case FetchTask():
             return _fetch(task, bench.services)
+        case SurveyTask():
+            return _survey(task, bench)
         case ShardTask():
             return _merge_shard(task, bench)
         case AssembleTask():
@@ -100,6 +124,30 @@ def _find(source: str, services: Services) -> Digest:
     # what is here already was checked for this caller when the recipe was made
     known = ingest.held(services, source)
     return (known or ingest.obtain(services, HubRef.parse(source.removeprefix("hub:")), token=None)).id
+
+
+def _survey(task: SurveyTask, bench: Workbench) -> Descriptor:
+    recipe = Recipe.from_json(task.recipe)
+    opened = [bench.open_adapter(digest) for digest in task.inputs]
+    findings = _side_by_side(lambda name: _survey_one(task, recipe, opened, name, bench.device), task.modules, bench.threads)
+    pooled = reduce(build(recipe.method, recipe.parameters).pool, findings)
+    return bench.services.blobs.put([canonical_json(pooled)], media_type=MEDIA_JSON)
+
+
+def _survey_one(task: SurveyTask, recipe: Recipe, opened: Sequence[OpenAdapter], name: str, device: str) -> Any:
+    deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
+    method = build(recipe.method, recipe.parameters)
+    return survey_module(method, deltas, task.weights[name], _context(task, recipe, name))
+
+
+def read_findings(blobs: BlobStore, findings: Descriptor) -> Any:
+    """What a survey task has answered. Raises BlobNotFound."""
+    with blobs.open(findings.digest) as stream:
+        return json.load(stream)
+
+
+def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleContext:
+    return ModuleContext(name, recipe.seed, recipe.rank, task.known)
 
 
 def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
@@ -127,7 +175,7 @@ def _merge_one(task: ShardTask, recipe: Recipe, opened: Sequence[OpenAdapter], n
     dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(d for adapter in opened for d in adapter.dtypes)
     method = build(recipe.method, recipe.parameters)
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
-    return merge_module(method, deltas, task.weights[name], ModuleContext(name, recipe.seed, recipe.rank), dtype, steps)
+    return merge_module(method, deltas, task.weights[name], _context(task, recipe, name), dtype, steps)
 
 
 def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:

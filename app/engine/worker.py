@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from dbos import DBOS, DBOSPortableJSONSerializer
@@ -134,7 +135,8 @@ def _steps(run: Run, attempt: int) -> str:
     log.info("job %s started: %s of %d adapters", job, run.recipe.method, len(run.recipe.adapters))
     step = _step
     inputs = [Digest.parse(d) for d in step("fetch", lambda: [str(d) for d in stages.fetch(run)])]
-    shards = step("merge", lambda: stages.to_json(stages.merge(run, inputs)))
+    known = stages.survey(run, inputs, partial(step, "survey"))
+    shards = step("merge", lambda: stages.to_json(stages.merge(run, inputs, known)))
     adapter = step("assemble", lambda: str(stages.assemble(run, inputs, stages.from_json(shards))))
     if step("publish", lambda: stages.publish(run.services, run.recipe, Digest.parse(adapter), attempt=attempt)):
         log.info("job %s succeeded: %s", job, adapter)

@@ -1,24 +1,29 @@
-"""A merge as a durable workflow: fetch, plan, merge shard by shard, assemble, publish.
+"""A merge as a durable workflow: fetch, plan, survey where the method asks for it, merge shard by shard, assemble, publish.
 
 DBOS remembers which steps are done, the store remembers which shards are. Every step may run twice, so each one
 publishes by digest. A problem is an ordinary outcome: it is recorded as the job's, and the workflow itself succeeds.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 from app import adapters, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
 from app.engine.plan import Plan, plan
-from app.engine.task import AssembleTask, FetchTask, ShardTask
+from app.engine.task import AssembleTask, FetchTask, ShardTask, SurveyTask, read_findings
 from app.recipe import Recipe
 from app.services import Services
+from merge_algos.merge import build
+from merge_algos.protocol import MergeMethod
 from storage.digest import Descriptor, Digest
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T", SurveyTask, ShardTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +48,26 @@ def fetch(run: Run) -> tuple[Digest, ...]:
     return tuple(found[source] for source in sources)
 
 
-def merge(run: Run, inputs: Sequence[Digest]) -> tuple[Descriptor, ...]:
+def survey(run: Run, inputs: Sequence[Digest], step: Callable[[Callable[[], Any]], Any]) -> Any:
+    """What the method knows of the whole adapters before it merges a module; None if it asks for nothing.
+
+    step: makes a round durable. A round that is interrupted is run again from its first module: findings are no shards, they
+    are pooled as they come, and nothing but what a finished round has settled is kept.
+    """
+    method = build(run.recipe.method, run.recipe.parameters)
+    known: Any = None
+    while method.unsettled(known):
+        known = step(partial(_round, run, inputs, method, known))
+    return known
+
+
+def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descriptor, ...]:
     """All shards in order; those that an earlier attempt has finished, and whose blobs are still whole, are not run again."""
     planned = plan_for(run.services, run.recipe, inputs)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
-    todo = [_shard_task(run.recipe, inputs, planned, n) for n in range(len(planned.shards)) if n not in finished]
+    todo = [_task(ShardTask, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
     for task, shard in run.executor.run(todo, stop=run.stop):
         run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
         finished[task.number] = shard
@@ -92,9 +110,32 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Pl
 def run_all(run: Run) -> Digest:
     """The whole merge in this process, without a job database: what the command line does when there is no server."""
     inputs = fetch(run)
-    adapter = assemble(run, inputs, merge(run, inputs))
+    known = survey(run, inputs, lambda body: body())
+    adapter = assemble(run, inputs, merge(run, inputs, known))
     publish(run.services, run.recipe, adapter)
     return adapter
+
+
+def _round(run: Run, inputs: Sequence[Digest], method: MergeMethod, known: Any) -> Any:
+    planned = plan_for(run.services, run.recipe, inputs)
+    tasks = [_task(SurveyTask, run, inputs, planned, n, known) for n in range(len(planned.shards))]
+    return method.settle(reduce(method.pool, _findings(run, tasks, len(planned.modules))), known)
+
+
+def _findings(run: Run, tasks: Sequence[SurveyTask], modules: int) -> Iterator[Any]:
+    """In the order of the tasks, though an executor may answer in any.
+
+    They are read at once, so nothing has to lease their blobs against garbage collection: its grace is for such a moment.
+    """
+    done, following, early = 0, 0, dict[int, Any]()
+    run.report("survey", 0, modules)
+    for task, blob in run.executor.run(tasks, stop=run.stop):
+        early[task.number] = read_findings(run.services.blobs, blob)
+        done += len(task.modules)
+        run.report("survey", done, modules)
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def _finished(run: Run, planned: Plan) -> dict[int, Descriptor]:
@@ -112,10 +153,11 @@ def _is_whole(services: Services, shard: Descriptor, modules: Sequence[str]) -> 
     return merged == list(modules) and services.blobs.stat(stored.tensors.digest) == stored.tensors.size_bytes
 
 
-def _shard_task(recipe: Recipe, inputs: Sequence[Digest], planned: Plan, number: int) -> ShardTask:
+def _task(kind: type[T], run: Run, inputs: Sequence[Digest], planned: Plan, number: int, known: Any) -> T:
+    """The task of this kind over the modules of one shard."""
     modules = {name: planned.modules[name] for name in planned.shards[number]}
     weights = {name: planned.weights[name] for name in modules}
-    return ShardTask(recipe.to_json(), tuple(inputs), modules, weights, number)
+    return kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
 
 
 def to_json(shards: Sequence[Descriptor]) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from merge_algos.core import Core, present_cores
-from merge_algos.entries import check_choice, check_finite_number, check_fraction, elect_and_merge, trim, weighted
+from merge_algos.entries import check_choice, check_finite_number, check_fraction, elect_and_merge, weighted
 from merge_algos.lowrank import LowRankDelta, size_of
+from merge_algos.magnitudes import trim
 from merge_algos.methods.iso_c import isotropic
 from merge_algos.methods.tsv import orthogonalised
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from merge_algos.blocks import seed_of
-from merge_algos.entries import check_choice, check_finite_number, check_fraction, combine, drop, trim
+from merge_algos.entries import check_choice, check_finite_number, check_fraction, combine, drop
 from merge_algos.lowrank import LowRankDelta, numerical_rank, present, signs_of, thin_qr
+from merge_algos.magnitudes import trim
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 

@@ -6,9 +6,10 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from merge_algos.blocks import BlockMatrix, dense_rows, magnitude_threshold
+from merge_algos.blocks import BlockMatrix, dense_rows
 from merge_algos.entries import at_least, check_fraction, kept
 from merge_algos.lowrank import LowRankDelta, present
+from merge_algos.magnitudes import magnitude_threshold
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 

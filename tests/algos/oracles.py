@@ -97,7 +97,7 @@ def task_arithmetic(given: Sequence[Given], call: Call) -> Tensor:
     return summed(given)
 
 
-def ties(given: Sequence[Given], call: Call, density: float = 0.2, lam: float = 1.0) -> Tensor:
+def ties(given: Sequence[Given], call: Call, density: float = 0.2, lam: float = 1.0, trim: str = "module") -> Tensor:
     return lam * elect([top(g.delta, density) for g in given], weights_of(given))
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cases import MODULE, dense, randn, random_delta
 from merge_algos import LowRankDelta, RankRule
-from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, magnitude_threshold, row_ranges, truncated_svd
+from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, row_ranges, truncated_svd
 from merge_algos.lowrank import SVD
+from merge_algos.magnitudes import magnitude_threshold
 from merge_algos.merge import build, reduce
 from merge_algos.methods import registry
 from merge_algos.protocol import ModuleContext

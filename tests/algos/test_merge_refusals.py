@@ -48,7 +48,7 @@ BAD: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "pico": {"base": CHOICE, "restore": CHOICE, "scale": FINITE, "density": FRACTION, "canonicalise": ("yes", 1, None)},
     "spectral": {"power": NOT_NEGATIVE, "scale": FINITE},
     "task_arithmetic": {},
-    "ties": {"density": FRACTION, "lam": FINITE},
+    "ties": {"density": FRACTION, "lam": FINITE, "trim": CHOICE},
     "tsv": {"alpha": FINITE},
 }
 BAD_POST: Mapping[str, Mapping[str, Sequence[Any]]] = {

@@ -46,6 +46,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("spectral", {"power": 1.0, "scale": 0.5}),
     ("ties", {"density": 0.5, "lam": 2.0}),
     ("ties", {"density": 1.0}),
+    ("ties", {"density": 0.3, "trim": "model"}),  # one module is the whole model; for more see test_survey
     ("tsv", {"alpha": 0.25}),
 ]
 every_variant = pytest.mark.parametrize(("method", "parameters"), VARIANTS, ids=str)

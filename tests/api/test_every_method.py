@@ -29,6 +29,15 @@ def test_a_method_gives_over_http_what_it_gives_in_python(
     agrees(server, job, tmp_path, method=method)
 
 
+def test_a_method_that_surveys_the_model_gives_over_http_what_it_gives_in_python(
+    server: Server, stored: tuple[str, ...], tmp_path: Path
+) -> None:
+    asked = {"method": "ties", "parameters": {"trim": "model", "density": 0.4}}
+    job = server.merge(*stored, weights=[0.7, -0.4], rank=RANK, **asked)
+    assert job["state"] == "succeeded", job["error"]
+    agrees(server, job, tmp_path, **asked)
+
+
 @pytest.mark.parametrize("step", post.registry())
 def test_a_post_step_gives_over_http_what_it_gives_in_python(
     server: Server, stored: tuple[str, ...], tmp_path: Path, step: str
@@ -53,6 +62,7 @@ def test_a_method_of_full_rank_needs_a_rank(server: Server, stored: tuple[str, .
     [
         ({"method": "ties", "parameters": {"density": 0.0}}, "parameters.density"),
         ({"method": "ties", "parameters": {"density": "much"}}, "parameters.density"),
+        ({"method": "ties", "parameters": {"trim": "paper"}}, "parameters.trim"),
         ({"post": [{"name": "nothing"}]}, "nothing"),
         ({"post": [{"name": "svc", "parameters": {"beta": 1}}]}, "post.0.parameters.beta"),
     ],
