@@ -8,8 +8,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-versi
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/braid demo
 
+# Processes share the cores, so each has one thread.
 test: lint
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -18,6 +19,7 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/spine.py
+	$(VENV)/bin/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) demo-merged

@@ -11,7 +11,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,14 +133,11 @@ def require(got: Digest, expected: Digest | None) -> None:
 
 
 def _pour(chunks: Iterable[bytes], file: io.FileIO, *, limit_bytes: int | None) -> tuple[Digest, int]:
-    """Hash and write each chunk at once: on most machines a digest takes as long as a disk."""
     hasher, size_bytes = hashlib.sha256(), 0
-    with ThreadPoolExecutor(1) as beside:
-        for chunk in capped(chunks, limit_bytes=limit_bytes):
-            hashed = beside.submit(hasher.update, chunk)
-            _write(file, chunk)
-            hashed.result()
-            size_bytes += len(chunk)
+    for chunk in capped(chunks, limit_bytes=limit_bytes):
+        hasher.update(chunk)
+        _write(file, chunk)
+        size_bytes += len(chunk)
     return Digest(hasher.hexdigest()), size_bytes
 
 
