@@ -28,6 +28,7 @@ from app.views import certificate
 from storage.digest import Digest
 from storage.errors import BadSource
 from storage.gc import collect
+from storage.manifest import parts_of
 from storage.sources.hub import HubRef
 from storage.verify import verify
 
@@ -172,10 +173,11 @@ def parse_request(body: Mapping[str, Any]) -> MergeRequest:
 
 
 def _live(services: Services) -> Iterator[Digest]:
-    for adapter in (*services.index.adapters(), *_in_use(services)):
-        yield adapter
-        if services.blobs.stat(adapter) is not None:
-            yield from (part.digest for part in read_manifest(services.blobs, adapter).parts.values())
+    for artefact in (*services.index.artefacts(), *_in_use(services)):
+        yield artefact
+        if services.blobs.stat(artefact) is not None:
+            with services.blobs.open(artefact) as stream:
+                yield from (part.digest for part in parts_of(stream.read()))
     for shard in services.jobs.live_shards():
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:

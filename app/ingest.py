@@ -6,8 +6,8 @@ from app.adapters import check
 from app.services import Services
 from merge_algos.formats.peft import AdapterSpec
 from storage.digest import Descriptor, Digest
-from storage.index import AdapterRecord, now
-from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, Source
+from storage.index import AdapterRecord, BasisRecord, now
+from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, BasisManifest, Source, parts_of
 from storage.sources.hub import HubRef, HubSnapshot
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -63,7 +63,7 @@ def import_upload(services: Services, config: Iterable[bytes], weights: Iterable
     return _record(services, stored_config, stored_weights, Source("upload"))
 
 
-def check_access(services: Services, adapter: AdapterRecord, *, token: str | None) -> None:
+def check_access(services: Services, adapter: AdapterRecord | BasisRecord, *, token: str | None) -> None:
     """Ask the Hub again whether this caller may read every private or gated source the adapter was made from.
 
     Raises the Hub's errors. The caller's token is used if there is one, else the operator's: what a fresh import would use.
@@ -72,20 +72,37 @@ def check_access(services: Services, adapter: AdapterRecord, *, token: str | Non
         services.hub.check_access(HubRef.parse(source.removeprefix("hub:")), token=token)
 
 
-def complete(services: Services, adapter: Digest) -> bool:
-    """Whether the manifest and all its parts are in the store: a cache hit is verified, not assumed."""
-    if services.blobs.stat(adapter) is None:
+def complete(services: Services, artefact: Digest) -> bool:
+    """Whether the manifest of an adapter or basis and all its parts are in the store: a cache hit is verified, not assumed."""
+    if services.blobs.stat(artefact) is None:
         return False
-    with services.blobs.open(adapter) as stream:
-        manifest = AdapterManifest.from_bytes(stream.read())
-    return all(services.blobs.stat(part.digest) == part.size_bytes for part in manifest.parts.values())
+    with services.blobs.open(artefact) as stream:
+        parts = parts_of(stream.read())
+    return all(services.blobs.stat(part.digest) == part.size_bytes for part in parts)
 
 
 def describe_merged(services: Services, manifest: AdapterManifest, digest: Digest, spec: AdapterSpec) -> AdapterRecord:
     """The index row of a merge result: as restricted as all its inputs together."""
-    inputs = [services.index.get(parent) for parent in manifest.inputs]
-    restricted = dict.fromkeys(source for record in inputs if record for source in record.restricted)
-    return _row(manifest, digest, spec, tuple(restricted))
+    return _row(manifest, digest, spec, restrictions(services, manifest.inputs))
+
+
+def describe_basis(services: Services, manifest: BasisManifest, digest: Digest, modules: int) -> BasisRecord:
+    return BasisRecord(
+        id=digest,
+        base_model=manifest.base_model,
+        tasks=manifest.tasks,
+        modules=modules,
+        size_bytes=manifest.tensors.size_bytes,
+        recipe=manifest.recipe,
+        restricted=restrictions(services, manifest.inputs),
+        created_at=now(),
+    )
+
+
+def restrictions(services: Services, inputs: Iterable[Digest]) -> tuple[str, ...]:
+    """All that any of these adapters is restricted by."""
+    records = [services.index.get(parent) for parent in inputs]
+    return tuple(dict.fromkeys(source for record in records if record for source in record.restricted))
 
 
 def _record(

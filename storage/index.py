@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, Row, Table, delete, insert, select, tuple_, update
@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from storage.database import reading
 from storage.digest import Digest
 from storage.manifest import Source
-from storage.schema import adapters, lineage, name_requests, names, results
+from storage.schema import adapters, bases, lineage, name_requests, names, results
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,20 @@ class AdapterRecord:
     size_bytes: int
     source: Source
     licence: str | None
+    restricted: tuple[str, ...]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BasisRecord:
+    """One reversible basis. tasks: names, in order.  recipe: a digest.  restricted: as of an adapter."""
+
+    id: Digest
+    base_model: str
+    tasks: tuple[str, ...]
+    modules: int
+    size_bytes: int
+    recipe: str
     restricted: tuple[str, ...]
     created_at: float
 
@@ -48,7 +62,7 @@ class Index:
         with self.engine.begin() as connection:
             _add(connection, record, inputs)
 
-    def publish(self, recipe: Digest, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
+    def publish(self, recipe: Digest, record: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> None:
         """Record a merge result, give it the names that were asked for, all at once; publishing again changes nothing."""
         with self.engine.begin() as connection:
             publish(connection, recipe, record, inputs)
@@ -71,6 +85,19 @@ class Index:
             query = query.where(tuple_(adapters.c.created_at, adapters.c.id) < tuple_(*after))
         with reading(self.engine) as connection:
             return [_record(row) for row in connection.execute(query)]
+
+    def get_basis(self, basis: Digest) -> BasisRecord | None:
+        with reading(self.engine) as connection:
+            row = connection.execute(select(bases).where(bases.c.id == str(basis))).first()
+        return _basis_record(row) if row else None
+
+    def page_of_bases(self, *, limit: int, after: tuple[float, str] | None = None) -> list[BasisRecord]:
+        """Newest first, as `page`."""
+        query = select(bases).order_by(bases.c.created_at.desc(), bases.c.id.desc()).limit(limit)
+        if after is not None:
+            query = query.where(tuple_(bases.c.created_at, bases.c.id) < tuple_(*after))
+        with reading(self.engine) as connection:
+            return [_basis_record(row) for row in connection.execute(query)]
 
     def result(self, recipe: Digest) -> Result | None:
         with reading(self.engine) as connection:
@@ -101,25 +128,26 @@ class Index:
             _insert_if_absent(connection, name_requests, {"recipe": str(recipe), "name": name})
             _grant_names(connection, recipe)
 
-    def forget(self, adapter: Digest) -> bool:
-        """Drop an adapter, its names and the results that led to it; whether there was one. Its lineage stays as history."""
+    def forget(self, artefact: Digest) -> bool:
+        """Drop an adapter or basis, its names and the results that led to it; whether there was one. Lineage stays as history."""
         with self.engine.begin() as connection:
-            connection.execute(delete(names).where(names.c.target == str(adapter)))
-            connection.execute(delete(results).where(results.c.target == str(adapter)))
-            return connection.execute(delete(adapters).where(adapters.c.id == str(adapter))).rowcount > 0
+            connection.execute(delete(names).where(names.c.target == str(artefact)))
+            connection.execute(delete(results).where(results.c.target == str(artefact)))
+            return any(connection.execute(delete(t).where(t.c.id == str(artefact))).rowcount > 0 for t in (adapters, bases))
 
-    def adapters(self) -> tuple[Digest, ...]:
-        """Every adapter known: the roots of garbage collection."""
+    def artefacts(self) -> tuple[Digest, ...]:
+        """Every adapter and basis known: the roots of garbage collection."""
         with reading(self.engine) as connection:
-            return tuple(Digest.parse(text) for text in connection.scalars(select(adapters.c.id)))
+            return tuple(Digest.parse(text) for table in (adapters, bases) for text in connection.scalars(select(table.c.id)))
 
 
-def publish(connection: Connection, recipe: Digest, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
+def publish(connection: Connection, recipe: Digest, record: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> None:
     """`Index.publish` within a transaction of the caller's.
 
     A recipe runs again only if its result lost blobs, so a result that differs takes the place of the one before.
     """
-    row = {"recipe": str(recipe), "kind": "adapter", "target": str(record.id), "created_at": record.created_at}
+    kind = "adapter" if isinstance(record, AdapterRecord) else "basis"
+    row = {"recipe": str(recipe), "kind": kind, "target": str(record.id), "created_at": record.created_at}
     _add(connection, record, inputs)
     if not _insert_if_absent(connection, results, row):
         differs = update(results).where(results.c.recipe == str(recipe), results.c.target != str(record.id))
@@ -132,8 +160,10 @@ def now() -> float:
     return time.time()
 
 
-def _add(connection: Connection, record: AdapterRecord, inputs: Sequence[Digest]) -> None:
-    if not _insert_if_absent(connection, adapters, _row(record)):
+def _add(connection: Connection, record: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> None:
+    if isinstance(record, BasisRecord):
+        _insert_if_absent(connection, bases, _basis_row(record))
+    elif not _insert_if_absent(connection, adapters, _row(record)):
         known = connection.scalar(select(adapters.c.restricted).where(adapters.c.id == str(record.id))) or []
         # the same bytes fetched once without a token are public: the least restricted way of getting them counts
         least = [source for source in known if source in record.restricted]
@@ -193,3 +223,13 @@ def _record(row: Row[Any]) -> AdapterRecord:
         restricted=tuple(row.restricted),
         created_at=row.created_at,
     )
+
+
+def _basis_row(record: BasisRecord) -> dict[str, Any]:
+    lists = {"tasks": list(record.tasks), "restricted": list(record.restricted)}
+    return {**asdict(record), "id": str(record.id), **lists}
+
+
+def _basis_record(row: Row[Any]) -> BasisRecord:
+    lists = {"tasks": tuple(row.tasks), "restricted": tuple(row.restricted)}
+    return BasisRecord(**{**row._mapping, "id": Digest.parse(row.id), **lists})

@@ -13,7 +13,7 @@ from sqlalchemy import JSON, Connection, Engine, Row, delete, func, insert, sele
 
 from storage.database import reading
 from storage.digest import Descriptor, Digest
-from storage.index import AdapterRecord, publish
+from storage.index import AdapterRecord, BasisRecord, publish
 from storage.schema import job_events, jobs, shards
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -88,7 +88,7 @@ class Jobs:
         with self.engine.begin() as connection:
             return _finish(connection, job, attempt, state, error)
 
-    def succeed(self, job: Digest, attempt: int, result: AdapterRecord, inputs: Sequence[Digest]) -> bool:
+    def succeed(self, job: Digest, attempt: int, result: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> bool:
         """Finish with this result and drop the shards, all or nothing; False, and nothing is published, as for `finish`.
 
         One transaction, so that a job cancelled in this moment has no result, and a succeeded one has never none.

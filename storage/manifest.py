@@ -1,4 +1,4 @@
-"""The manifest of an adapter: which blobs it is made of, where it came from. Its digest is the adapter's identity."""
+"""The manifests of adapters and bases: which blobs they are made of, where they came from. A digest of one is an identity."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from storage.digest import Descriptor, Digest
 
 MEDIA_MANIFEST = "application/vnd.braid.adapter.v1+json"
+MEDIA_BASIS = "application/vnd.braid.basis.v1+json"
 MEDIA_TENSORS = "application/vnd.safetensors"
 MEDIA_JSON = "application/json"
 MEDIA_MARKDOWN = "text/markdown; charset=utf-8"
@@ -20,9 +21,9 @@ def canonical_json(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an adapter came from. reference: `hub:org/name@commit`, the recipe's digest, or empty for an upload."""
+    """Where an adapter came from. reference: `hub:org/name@commit`, a recipe's digest (merge, basis), or empty for an upload."""
 
-    kind: Literal["hub", "upload", "merge"]
+    kind: Literal["hub", "upload", "merge", "basis"]
     reference: str = ""
 
 
@@ -79,3 +80,55 @@ class AdapterManifest:
             report=parts.get("report.json"),
             card=parts.get("README.md"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BasisManifest:
+    """The parts of one reversible basis. tasks: their names.  inputs: one adapter each, in that order.
+
+    contents: what lies where in `tensors`, and what each task lost.  recipe: the digest of what it was made by.
+    """
+
+    base_model: str
+    tasks: tuple[str, ...]
+    tensors: Descriptor
+    contents: Descriptor
+    report: Descriptor
+    recipe: str
+    inputs: tuple[Digest, ...]
+
+    @property
+    def parts(self) -> dict[str, Descriptor]:
+        """File name as downloaded -> blob."""
+        return {"basis.safetensors": self.tensors, "basis.json": self.contents, "report.json": self.report}
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(
+            {
+                "schema": 1,
+                "base_model": self.base_model,
+                "tasks": list(self.tasks),
+                "parts": {name: part.to_json() for name, part in self.parts.items()},
+                "recipe": self.recipe,
+                "inputs": [str(digest) for digest in self.inputs],
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        document: Mapping[str, Any] = json.loads(data)
+        parts = {name: Descriptor.from_json(part) for name, part in document["parts"].items()}
+        return cls(
+            base_model=document["base_model"],
+            tasks=tuple(document["tasks"]),
+            tensors=parts["basis.safetensors"],
+            contents=parts["basis.json"],
+            report=parts["report.json"],
+            recipe=document["recipe"],
+            inputs=tuple(Digest.parse(text) for text in document["inputs"]),
+        )
+
+
+def parts_of(manifest: bytes) -> tuple[Descriptor, ...]:
+    """The blobs of a manifest of either kind."""
+    return tuple(Descriptor.from_json(part) for part in json.loads(manifest)["parts"].values())

@@ -19,6 +19,19 @@ adapters = Table(
     Column("created_at", Float, nullable=False),
 )
 
+bases = Table(
+    "bases",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("base_model", String, nullable=False),
+    Column("tasks", JSON, nullable=False),
+    Column("modules", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("recipe", String, nullable=False),
+    Column("restricted", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
 lineage = Table(
     "lineage",
     metadata,
