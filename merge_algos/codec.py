@@ -141,15 +141,19 @@ def distinct(
     return tuple(place.get(part, -1) for part in part_of), problem
 
 
-def check_deltas(deltas: Sequence[LowRankDelta]) -> None:
+def check_deltas(deltas: Sequence[LowRankDelta], module: str = "module") -> None:
     """Raises WrongCount, ShapeMismatch or NonFiniteTensor."""
-    if not 1 <= len(deltas) <= MAX_ADAPTERS:
-        raise WrongCount("rmm", 1, MAX_ADAPTERS, len(deltas))
+    check_count(len(deltas))
     for n, delta in enumerate(deltas):
         if delta.shape != deltas[0].shape:
-            raise ShapeMismatch(f"adapter {n}", deltas[0].shape, delta.shape)
+            raise ShapeMismatch(module, deltas[0].shape, delta.shape)
         if not (delta.B.isfinite().all() and delta.A.isfinite().all()):
-            raise NonFiniteTensor(f"adapter {n}")
+            raise NonFiniteTensor(f"{module} of adapter {n}")
+
+
+def check_count(count: int) -> None:
+    if not 1 <= count <= MAX_ADAPTERS:
+        raise WrongCount("rmm", 1, MAX_ADAPTERS, count)
 
 
 def check_quantize(value: str) -> None:
