@@ -1,6 +1,6 @@
 """Truncation: of every adapter the strongest rank-1 terms, as many and as precise as the bytes allow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ class Truncate(Codec):
         terms = Terms.of(problem)
         if self.quantize == "auto":
             return best(problem, _encodings(problem, terms), Truncate)
-        return _strongest(problem, terms, _ENCODING.get(self.quantize, self.quantize))
+        return strongest(problem, terms, _ENCODING.get(self.quantize, self.quantize))
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
@@ -75,10 +75,10 @@ class Terms:
 def _encodings(problem: Problem, terms: Terms) -> Iterator[Packed]:
     yield water_filled(problem, terms)
     for encoding in ("bf16", "int8", "int6", "int4"):
-        yield _strongest(problem, terms, encoding)
+        yield strongest(problem, terms, encoding)
 
 
-def _strongest(problem: Problem, terms: Terms, encoding: str) -> Packed:
+def strongest(problem: Problem, terms: Terms, encoding: str) -> Packed:
     """As many of the terms of most energy as fit, all in one encoding."""
     order = terms.energy.argsort(descending=True, stable=True)
     low, high = 0, len(order)
@@ -104,18 +104,26 @@ def _part(terms: Terms, kept: Tensor, encoding: str) -> Sequence[Field]:
 
 def water_filled(problem: Problem, terms: Terms) -> Packed:
     """Every stored entry with the same weighted noise, the level of which is the lowest that the budget allows."""
-    total = float(terms.energy.sum())
+    level = find_level(estimator(problem, terms), problem.budget_bytes, float(terms.energy.sum()))
+    while (packed := _at_level(problem, terms, level)).size_bytes > problem.budget_bytes:
+        level = coarser(level)
+    return packed
 
-    def estimate(level: float) -> int:
+
+def estimator(problem: Problem, terms: Terms) -> Callable[[float], int]:
+    """level -> bytes of the terms that are worth keeping."""
+
+    def size(level: float) -> int:
         kept = worth_keeping(terms.energy, problem.shape, level)
         bits = [side.at(kept).bits(level) for side in (terms.B, terms.A)]
         owners = terms.owner[kept.cpu()].numpy()
         return sum(total_bytes(*(side[owners == n] for side in bits)) for n in set(owners.tolist()))
 
-    level = find_level(estimate, problem.budget_bytes, total)
-    while (packed := _at_level(problem, terms, level)).size_bytes > problem.budget_bytes:
-        level = coarser(level)
-    return packed
+    return size
+
+
+def at_level(problem: Problem, level: float) -> Packed:
+    return _at_level(problem, Terms.of(problem), level)
 
 
 def _at_level(problem: Problem, terms: Terms, level: float) -> Packed:
