@@ -107,7 +107,7 @@ class Codec(Protocol):
     def fit(
         self, deltas: Sequence[LowRankDelta], budget_bytes: int, seed: int = 0, importance: Sequence[float] | None = None
     ) -> Encoded:
-        """deltas: of one shape, rank 0 where absent.  importance: factor of each task's squared error, 1/||delta||^2 unless given.
+        """deltas: of one shape, rank 0 where absent.  importance: factor of each task's squared error, or 1/||delta||^2.
 
         seed: for codecs that draw numbers; none of these does.
         Raises WrongCount outside 1 to 64 deltas, ShapeMismatch, NonFiniteTensor, and InvalidParams for an importance below 0.
@@ -137,7 +137,9 @@ def distinct(
     shares = tuple(sum(g for g, part in zip(given, part_of, strict=True) if part == k) for k in range(len(first)))
     worth = [k for k, share in enumerate(shares) if share > 0]  # what no error of can matter is stored as zero
     place = {k: n for n, k in enumerate(worth)}
-    problem = Problem(deltas[0].shape, tuple(wide[first[k]] for k in worth), tuple(shares[k] for k in worth), max(0, budget_bytes))
+    problem = Problem(
+        deltas[0].shape, tuple(wide[first[k]] for k in worth), tuple(shares[k] for k in worth), max(0, budget_bytes)
+    )
     return tuple(place.get(part, -1) for part in part_of), problem
 
 
@@ -187,6 +189,8 @@ def loss(problem: Problem, packed: Packed, codec: type[Codec]) -> float:
 def best(problem: Problem, tried: Iterable[Packed], codec: type[Codec]) -> Packed:
     """Of what fits the budget that of the smallest measured loss, the first of equals; nothing at all if nothing fits."""
     fitting = [packed for packed in tried if packed.size_bytes <= problem.budget_bytes]
+    if len(fitting) == 1:
+        return fitting[0]
     return min(fitting, key=lambda packed: loss(problem, packed, codec), default=Packed((), [()] * len(problem.deltas)))
 
 

@@ -211,7 +211,7 @@ def _rice_codes(X: Tensor, steps: Tensor) -> tuple[Array, Array]:
 
 def _zigzag(codes: Array) -> Array:
     """0, -1, 1, -2, 2 .. as 0, 1, 2, 3, 4 .."""
-    return np.where(codes < 0, -2 * codes - 1, 2 * codes)
+    return (codes << 1) ^ (codes >> 63)
 
 
 def _rice_parameters(zigzag: Array) -> tuple[Array, Array]:
@@ -244,7 +244,7 @@ def _unrice(shape: tuple[int, int], data: Array) -> tuple[Array, Array]:
     low, data = _from_remainders(rows, parameters, data)
     high = _from_unary(data[:size], rows * columns).reshape(columns, rows)
     zigzag = (high << parameters[:, None]) | low
-    codes = np.where(zigzag & 1, -(zigzag + 1) // 2, zigzag // 2)
+    codes = (zigzag >> 1) ^ -(zigzag & 1)
     return (codes * _from_bf16(steps)[:, None]).ravel(), data[size:]
 
 

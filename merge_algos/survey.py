@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 
 from merge_algos import codecs
-from merge_algos.codec import Codec, Encoded, Quantize, check_deltas, check_quantize, measured
+from merge_algos.codec import Codec, Encoded, Fields, Quantize, check_deltas, check_quantize, measured
 from merge_algos.entries import check_choice, check_finite_number, check_flag, check_whole_number
 from merge_algos.errors import InvalidParams, NonFiniteResult
 from merge_algos.lowrank import LowRankDelta
@@ -130,7 +130,7 @@ def survey(
 
     deltas: one per adapter, rank 0 where absent.  importance: factor of each task's squared error while fitting, ideally
     1 / squared norm of the whole adapter; 1 / squared norm of its delta here unless given.
-    Raises WrongCount, ShapeMismatch, NonFiniteTensor or NonFiniteResult naming the module, InvalidParams for a p that is too large.
+    Raises WrongCount, ShapeMismatch, NonFiniteTensor or NonFiniteResult naming the module, InvalidParams for a p too large.
     """
     check_deltas(deltas, module)
     options.check_for(len(deltas))
@@ -177,11 +177,22 @@ def decode(
 
     shared, own: 1-D uint8.  own: `parts[layout["part_of"][task]]`, anything where that is -1.
     """
+    return _restore(codec, layout, shape, split(layout["shared"], shared), own, task)
+
+
+def decode_all(encoded: Encoded) -> list[LowRankDelta]:
+    """The deltas of all tasks, in their order; the shared bytes are unpacked once."""
+    shared = split(encoded.layout["shared"], encoded.shared)
+    return [_restore(encoded.codec, encoded.layout, encoded.shape, shared, own, task) for task, own in enumerate(encoded.tasks)]
+
+
+def _restore(
+    codec: str, layout: Mapping[str, Any], shape: tuple[int, int], shared: Fields, own: torch.Tensor, task: int
+) -> LowRankDelta:
     part = layout["part_of"][task]
     if part < 0:
         return LowRankDelta.zero(*shape)
-    matrices = split(layout["shared"], shared), split(layout["parts"][part], own)
-    return codecs.find(codec).restore(shape, *matrices).to(torch.float32)
+    return codecs.find(codec).restore(shape, shared, split(layout["parts"][part], own)).to(torch.float32)
 
 
 def _plans(options: Options, input_bytes: int) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -190,7 +201,9 @@ def _plans(options: Options, input_bytes: int) -> Iterator[tuple[str, dict[str, 
         parameters = options.parameters(codec)
         grid = (1.0,) if options.p is not None else codecs.find(codec).grid
         yield codec, parameters, 0
-        for budget_bytes in (even_bytes(options, input_bytes) if x == 1.0 else int(x * options.budget * input_bytes) for x in grid):
+        for budget_bytes in (
+            even_bytes(options, input_bytes) if x == 1.0 else int(x * options.budget * input_bytes) for x in grid
+        ):
             if budget_bytes:
                 yield codec, parameters, budget_bytes
 
@@ -202,7 +215,7 @@ def _measure(deltas: Sequence[LowRankDelta], asked: Candidate, module: str, seed
 
 def _errors(deltas: Sequence[LowRankDelta], encoded: Encoded, module: str) -> tuple[float, ...]:
     """Squared, per task."""
-    errors = tuple(measured(delta, decode_task(encoded, task)) for task, delta in enumerate(deltas))
+    errors = tuple(measured(delta, decoded) for delta, decoded in zip(deltas, decode_all(encoded), strict=True))
     if not all(math.isfinite(error) for error in errors):
         raise NonFiniteResult(module, "float32")
     return errors

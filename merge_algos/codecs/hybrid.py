@@ -8,7 +8,7 @@ from merge_algos.codecs import truncate, tucker2
 from merge_algos.codecs.truncate import Terms, Truncate
 from merge_algos.codecs.tucker2 import Joint, Shared
 from merge_algos.lowrank import LowRankDelta, concat
-from merge_algos.waterline import coarser, find_level, worth_keeping
+from merge_algos.waterline import find_level, meet, worth_keeping
 
 _SIZES = (0.0625, 0.125, 0.25, 0.5)  # of the basis, as fractions of the joint rank
 
@@ -52,9 +52,7 @@ class Hybrid(Codec):
 
 def _water_filled(problem: Problem, bases: list[Shared]) -> Packed:
     level, shared = min((_prospect(problem, shared) for shared in bases), key=lambda each: each[0])[1:]
-    while (packed := _at_level(problem, shared, level)).size_bytes > problem.budget_bytes:
-        level = coarser(level)
-    return packed
+    return meet(lambda at: _at_level(problem, shared, at), level, problem.budget_bytes)
 
 
 def _prospect(problem: Problem, shared: Shared) -> tuple[float, float, Shared]:
@@ -96,7 +94,9 @@ def _stored(problem: Problem, common: Packed) -> list[LowRankDelta]:
 
 def _residual(problem: Problem, approximations: list[LowRankDelta]) -> Problem:
     pairs = zip(problem.deltas, approximations, strict=True)
-    return replace(problem, deltas=tuple(concat([delta, near.to(delta.B.dtype, delta.B.device).scale(-1.0)]) for delta, near in pairs))
+    return replace(
+        problem, deltas=tuple(concat([delta, near.to(delta.B.dtype, delta.B.device).scale(-1.0)]) for delta, near in pairs)
+    )
 
 
 def _joined(common: Packed, alone: Packed) -> Packed:

@@ -9,14 +9,16 @@ from torch import Tensor
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize
 from merge_algos.entries import check_flag, check_whole_number
 from merge_algos.lowrank import LowRankDelta, canonical
-from merge_algos.packing import Field, pack, packed_bytes
+from merge_algos.packing import pack, packed_bytes
 
 _ROUNDS = 4  # of alignment: what later ones gain is lost in the quantisation
 
 
 @dataclass(frozen=True)
 class Rmm(Codec):
-    """RMM (arXiv:2510.14163). A position is a row of B_i or a column of A_i: n vectors of length r, zero-padded where ranks differ.
+    """RMM (arXiv:2510.14163). A position is a row of B_i or a column of A_i: n vectors of length r.
+
+    Where ranks differ, zeros are added up to the largest.
 
     p: principal directions per position, exact but for the encoding from min(r, n - 1) on; None for as many as the budget
     allows, and then p is what the budget is spent on.  center: subtract the mean over tasks first.
@@ -28,7 +30,7 @@ class Rmm(Codec):
 
     name = "rmm"
     paper = "arXiv:2510.14163"
-    grid = (0.5, 1.0)
+    grid = (1.0,)
 
     quantize: Quantize = "auto"
     p: int | None = None

@@ -17,7 +17,7 @@ class RmmAligned(Codec):
 
     name = "rmm_aligned"
     paper = "arXiv:2510.14163"
-    grid = (0.5, 1.0)
+    grid = (1.0,)
 
     quantize: Quantize = "auto"
     p: int | None = None

@@ -8,22 +8,22 @@ from torch import Tensor
 
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
 from merge_algos.lowrank import LowRankDelta, canonical
-from merge_algos.packing import Field, pack, packed_bytes
-from merge_algos.waterline import Columns, coarser, find_level, refit, total_bytes, worth_keeping
+from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
+from merge_algos.waterline import FIXED, Columns, find_level, is_short, meet, refit, worth_keeping
 
 
 @dataclass(frozen=True)
 class Truncate(Codec):
     """Eckart and Young 1936 per adapter; which terms are kept is decided over all adapters at once, by energy.
 
-    quantize: `none` (bf16), `int8`, `int6`, `int4`: as many terms as fit in that encoding.  `auto`: of these, and of
-    entropy-coded steps set by reverse water-filling, whichever has the least measured error within the budget.
+    quantize: `none` (bf16), `int8`, `int6`, `int4`: as many terms as fit in that encoding.  `auto`: entropy-coded
+    steps set by reverse water-filling; for short columns, whose headers weigh, whichever of all has the least measured error.
     There are no shared bytes.
     """
 
     name = "truncate"
     paper = "Eckart and Young 1936, doi:10.1007/BF02288367"
-    grid = (0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    grid = (0.25, 0.5, 0.75, 1.0, 1.5)
 
     quantize: Quantize = "auto"
 
@@ -74,7 +74,7 @@ class Terms:
 
 def _encodings(problem: Problem, terms: Terms) -> Iterator[Packed]:
     yield water_filled(problem, terms)
-    for encoding in ("bf16", "int8", "int6", "int4"):
+    for encoding in FIXED if is_short(problem.shape) else ():
         yield strongest(problem, terms, encoding)
 
 
@@ -105,19 +105,18 @@ def _part(terms: Terms, kept: Tensor, encoding: str) -> Sequence[Field]:
 def water_filled(problem: Problem, terms: Terms) -> Packed:
     """Every stored entry with the same weighted noise, the level of which is the lowest that the budget allows."""
     level = find_level(estimator(problem, terms), problem.budget_bytes, float(terms.energy.sum()))
-    while (packed := _at_level(problem, terms, level)).size_bytes > problem.budget_bytes:
-        level = coarser(level)
-    return packed
+    return meet(lambda at: _at_level(problem, terms, at), level, problem.budget_bytes)
 
 
 def estimator(problem: Problem, terms: Terms) -> Callable[[float], int]:
     """level -> bytes of the terms that are worth keeping."""
 
+    sides, owner = (terms.B.sampled(), terms.A.sampled()), terms.owner.numpy()
+
     def size(level: float) -> int:
-        kept = worth_keeping(terms.energy, problem.shape, level)
-        bits = [side.at(kept).bits(level) for side in (terms.B, terms.A)]
-        owners = terms.owner[kept.cpu()].numpy()
-        return sum(total_bytes(*(side[owners == n] for side in bits)) for n in set(owners.tolist()))
+        kept = worth_keeping(terms.energy, problem.shape, level).cpu().numpy()
+        bits = [side.bits(level) for side in sides]
+        return sum(rice_bytes(side[kept & (owner == n)]) for n in range(len(problem.deltas)) for side in bits)
 
     return size
 

@@ -11,7 +11,7 @@ from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, ch
 from merge_algos.codecs.truncate import Terms, fitted
 from merge_algos.lowrank import LowRankDelta, canonical, concat, thin_qr
 from merge_algos.packing import Field, pack, packed_bytes
-from merge_algos.waterline import Columns, coarser, find_level, worth_keeping
+from merge_algos.waterline import FIXED, Columns, find_level, is_short, meet, worth_keeping
 
 _ROUNDS = 3
 _SIZES = (0.125, 0.25, 0.5, 1.0)  # of the basis, as fractions of the joint rank, that `auto` considers
@@ -29,7 +29,7 @@ class Tucker2(Codec):
 
     name = "tucker2"
     paper = "Tucker 1966, doi:10.1007/BF02289464; De Lathauwer, De Moor and Vandewalle 2000, doi:10.1137/S0895479898346995"
-    grid = (0.25, 0.5, 1.0, 1.5)
+    grid = (0.5, 1.0, 1.5)
 
     quantize: Quantize = "auto"
 
@@ -72,7 +72,10 @@ class Joint:
 
     def basis(self, size: int) -> "Shared":
         """The `size` directions on each side that hold most of all deltas."""
-        U, V = torch.eye(self.QB.shape[1]).to(self.QB), self._leading([d.B for d in self.small], [d.A.mT for d in self.small], size)
+        U, V = (
+            torch.eye(self.QB.shape[1]).to(self.QB),
+            self._leading([d.B for d in self.small], [d.A.mT for d in self.small], size),
+        )
         for _ in range(_ROUNDS if size < self.most else 1):
             U = self._leading([V.mT @ d.A.mT for d in self.small], [d.B for d in self.small], size)
             V = self._leading([U.mT @ d.B for d in self.small], [d.A.mT for d in self.small], size)
@@ -81,7 +84,7 @@ class Joint:
 
     def _leading(self, others: Sequence[Tensor], factors: Sequence[Tensor], size: int) -> Tensor:
         """Leading eigenvectors (P, size) of `sum_i w_i F_i (O_i^T O_i) F_i^T`: F_i (P, r) here, O_i (m, r) the other side."""
-        roots = [w**0.5 * F @ torch.linalg.qr(O).R.mT for w, F, O in zip(self.importance, factors, others, strict=True)]
+        roots = [w**0.5 * F @ torch.linalg.qr(other).R.mT for w, F, other in zip(self.importance, factors, others, strict=True)]
         stacked = torch.cat(roots, 1)
         return torch.linalg.eigh(stacked @ stacked.mT).eigenvectors.flip(1)[:, :size]
 
@@ -101,10 +104,12 @@ class Shared:
 
     def sides(self) -> tuple[Columns, Columns]:
         """U and V with the weight of noise in each column: the energy of all cores in its row or column."""
-        weighted = [(w, core.A @ core.A.mT, core.B.mT @ core.B) for w, core in zip(self.importance, self.cores, strict=True)]
-        rows = sum((w * ((c.B @ AA) * c.B).sum(1) for (w, AA, _), c in zip(weighted, self.cores, strict=True)), self.U.new_zeros(()))
-        cols = sum((w * ((c.A.mT @ BB) * c.A.mT).sum(1) for (w, _, BB), c in zip(weighted, self.cores, strict=True)), self.U.new_zeros(()))
-        return _columns(self.U, rows), _columns(self.V, cols)
+        left = [(c.B @ (c.A @ c.A.mT) * c.B).sum(1) for c in self.cores]  # (p,): squared norms of the core's rows
+        right = [(c.A.mT @ (c.B.mT @ c.B) * c.A.mT).sum(1) for c in self.cores]  # (q,)
+        return _columns(self.U, self._weighted(left)), _columns(self.V, self._weighted(right))
+
+    def _weighted(self, rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack([w * row for w, row in zip(self.importance, rows, strict=True)]).sum(0)
 
     def refitted(self, U: Tensor, V: Tensor) -> "Shared":
         """The cores that are best for U and V as they were stored."""
@@ -136,7 +141,7 @@ def _pseudo_inverse(X: Tensor) -> Tensor:
 
 def _encodings(problem: Problem, joint: Joint) -> Iterator[Packed]:
     yield from water_filled(problem, joint)
-    for encoding in ("bf16", "int8", "int6", "int4"):
+    for encoding in FIXED if is_short(problem.shape) else ():
         yield from _largest(problem, joint, encoding)
 
 
@@ -164,7 +169,9 @@ def _size(problem: Problem, size: tuple[int, int], ranks: Sequence[int], encodin
     p, q = size
     kept = [min(r, p, q) for r in ranks]
     dense = p * q <= max(kept) * (p + q)
-    own = [packed_bytes(p * q, encoding) if dense else packed_bytes(p * k, encoding) + packed_bytes(q * k, encoding) for k in kept]
+    own = [
+        packed_bytes(p * q, encoding) if dense else packed_bytes(p * k, encoding) + packed_bytes(q * k, encoding) for k in kept
+    ]
     shared = packed_bytes(problem.shape[0] * p, encoding) + packed_bytes(problem.shape[1] * q, encoding)
     return shared + sum(own)
 
@@ -186,9 +193,7 @@ def water_filled(problem: Problem, joint: Joint) -> Iterator[Packed]:
     total = sum(w * delta.norm() ** 2 for w, delta in zip(joint.importance, joint.small, strict=True))
     prospects = [prospect(problem, joint.basis(size), total) for size in sizes(joint)]
     _, level, shared = min(prospects, key=lambda each: each[0])
-    while (filled := at_level(shared, level)).size_bytes > problem.budget_bytes:
-        level = coarser(level)
-    yield filled
+    yield meet(lambda at: at_level(shared, at), level, problem.budget_bytes)
 
 
 def prospect(problem: Problem, shared: Shared, total: float) -> tuple[float, float, Shared]:
@@ -203,11 +208,12 @@ def prospect(problem: Problem, shared: Shared, total: float) -> tuple[float, flo
 
 def estimator(shared: Shared, terms: Terms, sides: tuple[Columns, Columns]) -> Callable[[float], int]:
     """level -> bytes of the basis and of the cores' terms."""
+    whole, small = [side.sampled() for side in sides], [terms.B.sampled(), terms.A.sampled()]
 
     def size(level: float) -> int:
-        kept = worth_keeping(terms.energy, shared.size, level)
-        columns = (*sides, terms.B.at(kept), terms.A.at(kept))
-        return sum(side.bytes(level) for side in columns) + 8 * len(shared.cores) if bool(kept.any()) else 0
+        kept = worth_keeping(terms.energy, shared.size, level).cpu().numpy()
+        fields = [side.bytes(level) for side in whole] + [side.bytes(level, kept) for side in small]
+        return sum(fields) + 8 * len(shared.cores) if kept.any() else 0
 
     return size
 
