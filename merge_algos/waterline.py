@@ -47,10 +47,11 @@ class Columns:
     def pack(self, label: str, level: float) -> Field:
         return pack_rice(label, self.X, self.steps(level))
 
-    def sampled(self) -> "Sampled":
-        stride = max(1, len(self.X) // _SAMPLED_ROWS)
-        rows = self.X[::stride].contiguous()
-        return Sampled(Columns(rows, self.weight), len(self.X) / max(1, len(rows)))
+    def sampled(self, lift: Tensor | None = None) -> "Sampled":
+        """lift: (d, d'), where X is written in that basis."""
+        whole = self.X if lift is None else lift
+        rows = whole[:: max(1, len(whole) // _SAMPLED_ROWS)].contiguous()
+        return Sampled(Columns(rows if lift is None else rows @ self.X, self.weight), len(whole) / max(1, len(rows)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

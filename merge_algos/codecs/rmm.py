@@ -11,7 +11,7 @@ from merge_algos.entries import check_flag, check_whole_number
 from merge_algos.lowrank import LowRankDelta, canonical
 from merge_algos.packing import pack, packed_bytes
 
-_ROUNDS = 4  # of alignment: what later ones gain is lost in the quantisation
+_ROUNDS = 3  # of alignment: what later ones gain is lost in the quantisation
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,9 @@ def _encodings(problem: Problem, quantize: Quantize, p: int | None, center: bool
     every = ("bf16", "int8", "int6", "int4")
     chosen = every[: 1 if p is not None else None] if quantize == "auto" else ("bf16" if quantize == "none" else quantize,)
     most = most_directions(problem, center)
-    for encoding in chosen:
-        room = _room(problem, encoding, most, center) if p is None else min(p, most)
-        if room >= 0:
-            X = positions(prepare(problem.deltas, room, center))
-            yield _pack(principal(X, room, center=center), encoding, center)
+    rooms = [(e, _room(problem, e, most, center) if p is None else min(p, most)) for e in chosen]
+    X = positions(prepare(problem.deltas, max(0, *dict(rooms).values()), center))  # one gauge, of the largest basis
+    yield from (_pack(principal(X, room, center=center), encoding, center) for encoding, room in rooms if room >= 0)
 
 
 def _room(problem: Problem, encoding: str, most: int, center: bool) -> int:

@@ -104,37 +104,45 @@ def _part(terms: Terms, kept: Tensor, encoding: str) -> Sequence[Field]:
 
 def water_filled(problem: Problem, terms: Terms) -> Packed:
     """Every stored entry with the same weighted noise, the level of which is the lowest that the budget allows."""
-    level = find_level(estimator(problem, terms), problem.budget_bytes, float(terms.energy.sum()))
-    return meet(lambda at: _at_level(problem, terms, at), level, problem.budget_bytes)
+    floor = find_level(estimator(problem, terms), problem.budget_bytes, float(terms.energy.sum()))
+    return meet(lambda level: at_level(problem, terms, level, floor), floor, problem.budget_bytes)
 
 
-def estimator(problem: Problem, terms: Terms) -> Callable[[float], int]:
-    """level -> bytes of the terms that are worth keeping."""
+def kept_at(terms: Terms, rows: tuple[int, int], floor: float) -> Tensor:
+    """(K,) boolean: the terms worth their bits at this level."""
+    return worth_keeping(terms.energy, rows, floor)
 
-    sides, owner = (terms.B.sampled(), terms.A.sampled()), terms.owner.numpy()
+
+def gain(problem: Problem, terms: Terms, level: float) -> float:
+    """What storing the terms adds to the loss: their noise, less their energy."""
+    kept = kept_at(terms, problem.shape, level)
+    return level * int(kept.sum()) * sum(problem.shape) - float(terms.energy[kept].sum())
+
+
+def estimator(problem: Problem, terms: Terms, lift: tuple[Tensor, Tensor] | None = None) -> Callable[[float], int]:
+    """level -> bytes of the terms that are worth keeping. lift: bases (d_out, P), (d_in, Q) that the terms are written in."""
+    QB, QA = lift or (None, None)
+    sides, owner = (terms.B.sampled(QB), terms.A.sampled(QA)), terms.owner.numpy()
 
     def size(level: float) -> int:
-        kept = worth_keeping(terms.energy, problem.shape, level).cpu().numpy()
+        kept = kept_at(terms, problem.shape, level).cpu().numpy()
         bits = [side.bits(level) for side in sides]
         return sum(rice_bytes(side[kept & (owner == n)]) for n in range(len(problem.deltas)) for side in bits)
 
     return size
 
 
-def at_level(problem: Problem, level: float) -> Packed:
-    return _at_level(problem, Terms.of(problem), level)
-
-
-def _at_level(problem: Problem, terms: Terms, level: float) -> Packed:
-    kept = worth_keeping(terms.energy, problem.shape, level)
+def at_level(problem: Problem, terms: Terms, level: float, floor: float) -> Packed:
+    """The terms worth their bits at `floor`, at `level`: ranks that do not move while the level is being fitted."""
+    kept = kept_at(terms, problem.shape, floor)
     return Packed((), [fitted(terms, n, terms.of_task(n, kept), level) for n in range(len(problem.deltas))])
 
 
-def fitted(terms: Terms, n: int, kept: Tensor, level: float) -> Sequence[Field]:
+def fitted(terms: Terms, n: int, kept: Tensor, level: float, labels: tuple[str, str] = ("B", "A")) -> Sequence[Field]:
     """The kept terms of task n: B rounded, then A refitted to what B has become, and rounded."""
     if not bool(kept.any()):
         return ()
-    B = terms.B.at(kept).pack("B", level)
-    stored = values([B])["B"].to(terms.B.X)
+    B = terms.B.at(kept).pack(labels[0], level)
+    stored = values([B])[labels[0]].to(terms.B.X)
     A = Columns(refit(terms.deltas[n].B, terms.deltas[n].A, stored).mT, terms.B.weight[kept])
-    return B, A.pack("A", level)
+    return B, A.pack(labels[1], level)
