@@ -187,11 +187,10 @@ def loss(problem: Problem, packed: Packed, codec: type[Codec]) -> float:
 
 
 def best(problem: Problem, tried: Iterable[Packed], codec: type[Codec]) -> Packed:
-    """Of what fits the budget that of the smallest measured loss, the first of equals; nothing at all if nothing fits."""
+    """Of what fits the budget that of the smallest measured loss, the first of equals; nothing at all where that is better."""
     fitting = [packed for packed in tried if packed.size_bytes <= problem.budget_bytes]
-    if len(fitting) == 1:
-        return fitting[0]
-    return min(fitting, key=lambda packed: loss(problem, packed, codec), default=Packed((), [()] * len(problem.deltas)))
+    nothing = Packed((), [()] * len(problem.deltas))
+    return min((nothing, *fitting), key=lambda packed: loss(problem, packed, codec))
 
 
 def values(fields: Sequence[Field]) -> dict[str, Tensor]:

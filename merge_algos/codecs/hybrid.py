@@ -8,7 +8,7 @@ from merge_algos.codecs import truncate, tucker2
 from merge_algos.codecs.truncate import Terms, Truncate
 from merge_algos.joint import Joint, Shared
 from merge_algos.lowrank import LowRankDelta, concat
-from merge_algos.waterline import find_level, meet
+from merge_algos.waterline import FIXED, find_level, is_short, meet
 
 _SIZES = (0.0625, 0.125, 0.25, 0.5)  # of the basis, as fractions of the joint rank
 
@@ -19,7 +19,7 @@ class Hybrid(Codec):
 
     Bytes go to the basis, to terms in it, and to terms of any one task alike, wherever they save most error. The residual
     is that of the basis as it was stored.
-    quantize: as for `tucker2`; other than for `auto`, of a few sizes of the basis that of least measured error.
+    quantize: as for `tucker2`; in a fixed encoding, of a few sizes of the basis that of least measured error.
     """
 
     name = "hybrid"
@@ -34,10 +34,12 @@ class Hybrid(Codec):
     def represent(self, problem: Problem) -> Packed:
         joint = Joint.of(problem)
         bases = [joint.basis(*size) for size in joint.sizes(_SIZES)]
-        if self.quantize == "auto":
-            return _water_filled(problem, bases)
-        encoding = "bf16" if self.quantize == "none" else self.quantize
-        return best(problem, (packed for shared in bases for packed in _in_one_encoding(problem, shared, encoding)), Hybrid)
+        if self.quantize != "auto":
+            return best(problem, _in_one_encoding(problem, bases, "bf16" if self.quantize == "none" else self.quantize), Hybrid)
+        filled = _water_filled(problem, bases)
+        if not is_short(problem.shape):
+            return filled
+        return best(problem, [filled, *(p for encoding in FIXED for p in _in_one_encoding(problem, bases, encoding))], Hybrid)
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
@@ -67,13 +69,13 @@ def _at_level(problem: Problem, shared: Shared, level: float, floor: float) -> P
     return _joined(common, truncate.at_level(problem, residual, level, floor))
 
 
-def _in_one_encoding(problem: Problem, shared: Shared, encoding: str) -> Iterator[Packed]:
-    """The basis, where it fits, and as many residual terms as there is room for."""
-    common = tucker2.packed(shared, encoding)
-    left = problem.budget_bytes - common.size_bytes
-    if left >= 0:
-        residual = replace(_residual(problem, common), budget_bytes=left)
-        yield _joined(common, truncate.strongest(residual, Terms.of(residual), encoding))
+def _in_one_encoding(problem: Problem, bases: list[Shared], encoding: str) -> Iterator[Packed]:
+    """Each basis that fits, and as many residual terms as it leaves room for."""
+    for common in (tucker2.packed(shared, encoding) for shared in bases):
+        left = problem.budget_bytes - common.size_bytes
+        if left >= 0:
+            residual = replace(_residual(problem, common), budget_bytes=left)
+            yield _joined(common, truncate.strongest(residual, Terms.of(residual), encoding))
 
 
 def _residual(problem: Problem, common: Packed) -> Problem:

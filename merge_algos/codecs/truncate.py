@@ -1,6 +1,6 @@
 """Truncation: of every adapter the strongest rank-1 terms, as many and as precise as the bytes allow."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,12 @@ class Truncate(Codec):
 
     def represent(self, problem: Problem) -> Packed:
         terms = Terms.of(problem)
-        if self.quantize == "auto":
-            return best(problem, _encodings(problem, terms), Truncate)
-        return strongest(problem, terms, _ENCODING.get(self.quantize, self.quantize))
+        if self.quantize != "auto":
+            return strongest(problem, terms, _ENCODING.get(self.quantize, self.quantize))
+        filled = water_filled(problem, terms)
+        if not is_short(problem.shape):
+            return filled
+        return best(problem, [filled, *(strongest(problem, terms, encoding) for encoding in FIXED)], Truncate)
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
@@ -70,12 +73,6 @@ class Terms:
     def of_task(self, n: int, kept: Tensor) -> Tensor:
         """(K,) boolean: which of the kept terms are task n's."""
         return kept & (self.owner == n).to(kept.device)
-
-
-def _encodings(problem: Problem, terms: Terms) -> Iterator[Packed]:
-    yield water_filled(problem, terms)
-    for encoding in FIXED if is_short(problem.shape) else ():
-        yield strongest(problem, terms, encoding)
 
 
 def strongest(problem: Problem, terms: Terms, encoding: str) -> Packed:

@@ -34,9 +34,12 @@ class Tucker2(Codec):
 
     def represent(self, problem: Problem) -> Packed:
         joint = Joint.of(problem)
-        if self.quantize == "auto":
-            return best(problem, _encodings(problem, joint), Tucker2)
-        return best(problem, _largest(problem, joint, "bf16" if self.quantize == "none" else self.quantize), Tucker2)
+        if self.quantize != "auto":
+            return best(problem, _largest(problem, joint, "bf16" if self.quantize == "none" else self.quantize), Tucker2)
+        filled = water_filled(problem, joint)
+        if not is_short(problem.shape):
+            return filled
+        return best(problem, [filled, *(p for encoding in FIXED for p in _largest(problem, joint, encoding))], Tucker2)
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
@@ -52,12 +55,11 @@ def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelt
     return LowRankDelta(U @ own["left"], (V @ own["right"]).mT)
 
 
-def _encodings(problem: Problem, joint: Joint) -> Iterator[Packed]:
+def water_filled(problem: Problem, joint: Joint) -> Packed:
+    """The size of basis that promises least, every stored entry with the same weighted noise."""
     prospects = [prospect(problem, joint.basis(*size)) for size in joint.sizes(_SIZES)]
     _, level, shared = min(prospects, key=lambda each: each[0])
-    yield meet(lambda at: at_level(shared, at, level), level, problem.budget_bytes)
-    for encoding in FIXED if is_short(problem.shape) else ():
-        yield from _largest(problem, joint, encoding)
+    return meet(lambda at: at_level(shared, at, level), level, problem.budget_bytes)
 
 
 def _largest(problem: Problem, joint: Joint, encoding: str) -> Iterator[Packed]:
