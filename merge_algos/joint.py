@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_algos.codec import Problem
 from merge_algos.lowrank import LowRankDelta, canonical, concat, thin_qr
-from merge_algos.waterline import Columns, Sampled
+from merge_algos.waterline import Columns, Sizes
 
 _ROUNDS = 3  # of HOOI; the HOSVD it begins with is within a factor sqrt(2) of the best
 _NEGLIGIBLE = 1e-12  # of the energy: directions that hold less are rounding
@@ -123,10 +123,12 @@ class Shared:
         left, right = self._weights()
         return Columns(self.whole_U, left), Columns(self.whole_V, right)
 
-    def sampled_sides(self) -> tuple[Sampled, Sampled]:
-        """Some rows of `sides`, without forming the others."""
-        left, right = self._weights()
-        return Columns(self.U, left).sampled(self.joint.QB), Columns(self.V, right).sampled(self.joint.QA)
+    def sizes(self, *, counted: bool) -> tuple[Sizes, Sizes]:
+        """Of `sides`, without forming them: counted on some rows, or as expected."""
+        columns = (Columns(X, weight) for X, weight in zip((self.U, self.V), self._weights(), strict=True))
+        bases = (self.joint.QB, self.joint.QA)
+        left, right = (c.sampled(Q) if counted else c.expected(len(Q)) for c, Q in zip(columns, bases, strict=True))
+        return left, right
 
     def refitted(self, U: Tensor, V: Tensor) -> list[LowRankDelta]:
         """The cores that are best for the whole U and V as they were stored."""

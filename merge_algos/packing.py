@@ -28,7 +28,7 @@ BITS = {"int8": 8, "int6": 6, "int4": 4}
 _CLIPS = {8: (1.0, 0.97), 6: (1.0, 0.95, 0.9, 0.85), 4: (1.0, 0.93, 0.86, 0.8, 0.74, 0.68)}
 _LARGEST_SCALE = 2.0**14  # of fp16's 65504: leaves 2^28 below before a scale loses bits
 _RICE_HEADER_BYTES = 4  # length of the unary plane
-_RICE_COLUMN_BYTES = 3  # a bf16 step and the Rice parameter
+COLUMN_BITS = 24  # a bf16 step and the Rice parameter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +85,7 @@ def pack_rice(label: str, X: Tensor, steps: Tensor) -> Field:
 def rice_bits(X: Tensor, steps: Tensor) -> Array:
     """(columns,): what `pack_rice` spends on each column, without packing anything."""
     zigzag = _zigzag(_rice_codes(X, steps)[0])
-    return _rice_parameters(zigzag)[1] + 8 * _RICE_COLUMN_BYTES
+    return _rice_parameters(zigzag)[1] + COLUMN_BITS
 
 
 def rice_bytes(bits: Array) -> int:

@@ -9,12 +9,14 @@ the budget.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from merge_algos.codec import Packed
-from merge_algos.packing import Array, Field, pack_rice, rice_bits, rice_bytes
+from merge_algos.packing import COLUMN_BITS, Array, Field, pack_rice, rice_bits
 
 FIXED = ("bf16", "int8", "int6", "int4")  # encodings that give every entry the same bits
 
@@ -53,22 +55,40 @@ class Columns:
         rows = whole[:: max(1, len(whole) // _SAMPLED_ROWS)].contiguous()
         return Sampled(Columns(rows if lift is None else rows @ self.X, self.weight), len(whole) / max(1, len(rows)))
 
+    def expected(self, rows: int | None = None) -> "Expected":
+        """rows: length of the columns, where X is written in an orthonormal basis."""
+        d = rows or len(self.X)
+        return Expected((self.X.square().sum(0) * self.weight / d).cpu().numpy(), d)
+
+
+class Sizes(Protocol):
+    """What columns would take at a level."""
+
+    def bits(self, level: float) -> Array:
+        """(k,): of each whole column."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sampled:
-    """Every so-manyth row of long columns, to estimate sizes by. stride: what one row stands for."""
+class Sampled(Sizes):
+    """Sizes by counting codes in every so-manyth row of long columns. stride: what one row stands for."""
 
     columns: Columns
     stride: float
 
     def bits(self, level: float) -> Array:
-        """(k,): of each whole column."""
         return rice_bits(self.columns.X, self.columns.steps(level)) * self.stride
 
-    def bytes(self, level: float, kept: Array | None = None) -> int:
-        """Of all columns, or those kept, as one field."""
-        bits = self.bits(level)
-        return rice_bytes(bits if kept is None else bits[kept])
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected(Sizes):
+    """Sizes as if columns were Gaussian, at next to no cost. variance: (k,), weighted.  rows: length of a column."""
+
+    variance: Array
+    rows: int
+
+    def bits(self, level: float) -> Array:
+        return self.rows * (0.5 * np.log2(np.maximum(self.variance / level, 1)) + _SHAPING_BITS) + COLUMN_BITS
 
 
 def worth_keeping(energy: Tensor, rows: tuple[int, int], level: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Shared spaces for what tasks have in common, rank-1 residuals for what is theirs alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
@@ -49,18 +49,25 @@ class Hybrid(Codec):
 
 
 def _water_filled(problem: Problem, bases: list[Shared]) -> Packed:
-    _, level, shared = min((_prospect(problem, shared) for shared in bases), key=lambda each: each[0])
+    shared = min(bases, key=lambda each: _promise(problem, each))
+    level = find_level(_estimator(problem, shared, counted=True), problem.budget_bytes, shared.energy)
     return meet(lambda at: _at_level(problem, shared, at, level), level, problem.budget_bytes)
 
 
-def _prospect(problem: Problem, shared: Shared) -> tuple[float, float, Shared]:
-    """Estimated loss, the level that meets the budget, and the basis itself."""
+def _promise(problem: Problem, shared: Shared) -> float:
+    """The loss to expect of this basis and the terms beyond it."""
+    level = find_level(_estimator(problem, shared, counted=False), problem.budget_bytes, shared.energy)
     common, alone = Terms.of(shared.problem()), Terms.of(shared.beyond())
-    basis_bytes = tucker2.estimator(shared, common)
-    terms_bytes = truncate.estimator(problem, alone, (shared.joint.QB, shared.joint.QA))
-    level = find_level(lambda at: basis_bytes(at) + terms_bytes(at), problem.budget_bytes, shared.energy)
-    loss = shared.energy + tucker2.gain(problem, shared, common, level) + truncate.gain(problem, alone, level)
-    return loss, level, shared
+    return shared.energy + tucker2.gain(problem, shared, common, level) + truncate.gain(problem, alone, level)
+
+
+def _estimator(problem: Problem, shared: Shared, *, counted: bool) -> Callable[[float], int]:
+    """level -> bytes of the basis, the terms in it and those beyond it."""
+    alone, bases = Terms.of(shared.beyond()), (shared.joint.QB, shared.joint.QA)
+    pairs = list(zip((alone.B, alone.A), bases, strict=True))
+    B, A = (side.sampled(Q) if counted else side.expected(len(Q)) for side, Q in pairs)
+    basis_bytes, terms_bytes = tucker2.estimator(shared, counted=counted), truncate.estimator(problem, alone, (B, A))
+    return lambda level: basis_bytes(level) + terms_bytes(level)
 
 
 def _at_level(problem: Problem, shared: Shared, level: float, floor: float) -> Packed:
@@ -70,8 +77,8 @@ def _at_level(problem: Problem, shared: Shared, level: float, floor: float) -> P
 
 
 def _in_one_encoding(problem: Problem, bases: list[Shared], encoding: str) -> Iterator[Packed]:
-    """Each basis that fits, and as many residual terms as it leaves room for."""
-    for common in (tucker2.packed(shared, encoding) for shared in bases):
+    """Every other basis, where it fits, and as many residual terms as it leaves room for."""
+    for common in (tucker2.packed(shared, encoding) for shared in bases[::2]):
         left = problem.budget_bytes - common.size_bytes
         if left >= 0:
             residual = replace(_residual(problem, common), budget_bytes=left)

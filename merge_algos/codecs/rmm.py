@@ -115,6 +115,7 @@ def most_directions(problem: Problem, center: bool) -> int:
 
 
 def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
+    """One task's factors, of the largest rank, from its coefficients."""
     if not shared:
         return LowRankDelta.zero(*shape)
     mean, coefficients = shared["mean"], own["coefficients"]
@@ -131,8 +132,8 @@ def _encodings(problem: Problem, quantize: Quantize, p: int | None, center: bool
     chosen = every[: 1 if p is not None else None] if quantize == "auto" else ("bf16" if quantize == "none" else quantize,)
     most = most_directions(problem, center)
     rooms = [(e, _room(problem, e, most, center) if p is None else min(p, most)) for e in chosen]
-    X = positions(prepare(problem.deltas, max(0, *dict(rooms).values()), center))  # one gauge, of the largest basis
-    yield from (_pack(principal(X, room, center=center), encoding, center) for encoding, room in rooms if room >= 0)
+    gauges = {room: positions(prepare(problem.deltas, room, center)) for _, room in rooms if room >= 0}
+    yield from (_pack(principal(gauges[room], room, center=center), e, center) for e, room in rooms if room in gauges)
 
 
 def _room(problem: Problem, encoding: str, most: int, center: bool) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
 from merge_algos.lowrank import LowRankDelta, canonical
 from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
-from merge_algos.waterline import FIXED, Columns, find_level, is_short, meet, refit, worth_keeping
+from merge_algos.waterline import FIXED, Columns, Sizes, find_level, is_short, meet, refit, worth_keeping
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _part(terms: Terms, kept: Tensor, encoding: str) -> Sequence[Field]:
 
 def water_filled(problem: Problem, terms: Terms) -> Packed:
     """Every stored entry with the same weighted noise, the level of which is the lowest that the budget allows."""
-    floor = find_level(estimator(problem, terms), problem.budget_bytes, float(terms.energy.sum()))
+    size = estimator(problem, terms, (terms.B.sampled(), terms.A.sampled()))
+    floor = find_level(size, problem.budget_bytes, float(terms.energy.sum()))
     return meet(lambda level: at_level(problem, terms, level, floor), floor, problem.budget_bytes)
 
 
@@ -116,10 +117,9 @@ def gain(problem: Problem, terms: Terms, level: float) -> float:
     return level * int(kept.sum()) * sum(problem.shape) - float(terms.energy[kept].sum())
 
 
-def estimator(problem: Problem, terms: Terms, lift: tuple[Tensor, Tensor] | None = None) -> Callable[[float], int]:
-    """level -> bytes of the terms that are worth keeping. lift: bases (d_out, P), (d_in, Q) that the terms are written in."""
-    QB, QA = lift or (None, None)
-    sides, owner = (terms.B.sampled(QB), terms.A.sampled(QA)), terms.owner.numpy()
+def estimator(problem: Problem, terms: Terms, sides: tuple[Sizes, Sizes]) -> Callable[[float], int]:
+    """level -> bytes of the terms that are worth keeping. sides: of all terms' B and A."""
+    owner = terms.owner.numpy()
 
     def size(level: float) -> int:
         kept = kept_at(terms, problem.shape, level).cpu().numpy()

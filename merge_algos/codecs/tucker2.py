@@ -7,8 +7,8 @@ from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, ch
 from merge_algos.codecs.truncate import Terms, fitted, kept_at
 from merge_algos.joint import Joint, Shared
 from merge_algos.lowrank import LowRankDelta, canonical
-from merge_algos.packing import Field, pack, packed_bytes
-from merge_algos.waterline import FIXED, find_level, is_short, meet, worth_keeping
+from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
+from merge_algos.waterline import FIXED, find_level, is_short, meet
 
 _SIZES = (0.125, 0.25, 0.5, 1.0)  # of the basis, as fractions of the joint rank, that `auto` considers
 
@@ -47,6 +47,7 @@ class Tucker2(Codec):
 
 
 def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
+    """The smaller product with the core is formed, so the rank is that of the core."""
     if not own:
         return LowRankDelta.zero(*shape)
     U, V = shared["U"], shared["V"]
@@ -57,8 +58,8 @@ def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelt
 
 def water_filled(problem: Problem, joint: Joint) -> Packed:
     """The size of basis that promises least, every stored entry with the same weighted noise."""
-    prospects = [prospect(problem, joint.basis(*size)) for size in joint.sizes(_SIZES)]
-    _, level, shared = min(prospects, key=lambda each: each[0])
+    shared = min((joint.basis(*size) for size in joint.sizes(_SIZES)), key=lambda each: _promise(problem, each))
+    level = find_level(estimator(shared, counted=True), problem.budget_bytes, shared.energy)
     return meet(lambda at: at_level(shared, at, level), level, problem.budget_bytes)
 
 
@@ -106,28 +107,28 @@ def _refitted(shared: Shared, U: Field, V: Field) -> list[LowRankDelta]:
     return shared.refitted(stored["U"].to(shared.U), stored["V"].to(shared.V))
 
 
-def prospect(problem: Problem, shared: Shared) -> tuple[float, float, Shared]:
-    """Estimated loss, the level that meets the budget, and the basis itself."""
-    terms, total = Terms.of(shared.problem()), shared.energy
-    level = find_level(estimator(shared, terms), problem.budget_bytes, total)
-    return total + gain(problem, shared, terms, level), level, shared
+def _promise(problem: Problem, shared: Shared) -> float:
+    """The loss to expect of this basis."""
+    level = find_level(estimator(shared, counted=False), problem.budget_bytes, shared.energy)
+    return shared.energy + gain(problem, shared, Terms.of(shared.problem()), level)
 
 
 def gain(problem: Problem, shared: Shared, terms: Terms, level: float) -> float:
     """What storing this basis and the terms in it adds to the loss: their noise, less the energy of the terms."""
-    kept = worth_keeping(terms.energy, shared.size, level)
+    kept = kept_at(terms, shared.size, level)
     entries = sum(d * k for d, k in zip(problem.shape, shared.size, strict=True)) + int(kept.sum()) * sum(shared.size)
     return level * entries - float(terms.energy[kept].sum())
 
 
-def estimator(shared: Shared, terms: Terms) -> Callable[[float], int]:
+def estimator(shared: Shared, *, counted: bool) -> Callable[[float], int]:
     """level -> bytes of the basis and of the cores' terms."""
-    whole, small = shared.sampled_sides(), [terms.B.sampled(), terms.A.sampled()]
+    terms, whole = Terms.of(shared.problem()), shared.sizes(counted=counted)
+    small = [side.sampled() if counted else side.expected() for side in (terms.B, terms.A)]
 
     def size(level: float) -> int:
-        kept = worth_keeping(terms.energy, shared.size, level).cpu().numpy()
-        fields = [side.bytes(level) for side in whole] + [side.bytes(level, kept) for side in small]
-        return sum(fields) + 8 * len(shared.cores) if kept.any() else 0
+        kept = kept_at(terms, shared.size, level).cpu().numpy()
+        fields = [side.bits(level) for side in whole] + [side.bits(level)[kept] for side in small]
+        return sum(rice_bytes(bits) for bits in fields) + 8 * len(shared.cores) if kept.any() else 0
 
     return size
 
