@@ -9,5 +9,6 @@ from merge_algos.adapter import Adapter
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import MergeResult, ModuleReport, merge
 from merge_algos.rank import RankRule
+from merge_algos.reversible import Basis, build_basis
 
-__all__ = ["Adapter", "LowRankDelta", "MergeResult", "ModuleReport", "RankRule", "merge"]
+__all__ = ["Adapter", "Basis", "LowRankDelta", "MergeResult", "ModuleReport", "RankRule", "build_basis", "merge"]

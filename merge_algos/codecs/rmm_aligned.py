@@ -1,0 +1,37 @@
+"""Reversible Model Merging in the gauge that suits it: the published basis after a free rotation of every adapter."""
+
+from dataclasses import dataclass
+
+from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, check_quantize
+from merge_algos.codecs.rmm import aligned, coded, restored
+from merge_algos.entries import check_flag, check_whole_number
+from merge_algos.lowrank import LowRankDelta
+
+
+@dataclass(frozen=True)
+class RmmAligned(Codec):
+    """RMM (arXiv:2510.14163) of adapters brought to one gauge, which costs no storage and leaves their deltas as they are.
+
+    Parameters as for `rmm`. A basis of factors depends on how each adapter happens to be factored; this one on the deltas.
+    """
+
+    name = "rmm_aligned"
+    paper = "arXiv:2510.14163"
+    grid = (1.0,)
+
+    quantize: Quantize = "auto"
+    p: int | None = None
+    center: bool = True
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+        check_flag("center", self.center)
+        if self.p is not None:
+            check_whole_number("p", self.p, least=0)
+
+    def represent(self, problem: Problem) -> Packed:
+        return coded(problem, self.quantize, self.p, self.center, aligned)
+
+    @staticmethod
+    def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
+        return restored(shape, shared, own)

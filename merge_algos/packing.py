@@ -1,0 +1,277 @@
+"""Matrices as few bytes: what a codec has decided to keep, packed so that decoding needs the bytes and a short layout.
+
+A field is one matrix in one of these encodings, each laid out column by column, because a column has one magnitude:
+
+`bf16`              two bytes an entry, the unit in which budgets are counted
+`int8 int6 int4`    symmetric codes in groups of 64, one fp16 scale each, relative to one fp32 factor of the field
+`rice`              codes of unlimited range, one step per column, entropy coded
+
+Golomb-Rice codes (Rice and Plaunt 1971) cost about 0.1 bit more than the entropy of Gaussian codes, need no table (columns
+are short, and a Huffman table of each would cost more than it saves), and both of their planes decode without a loop.
+Everything is integer arithmetic on codes, so the same codes give the same bytes anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Layout = Mapping[str, Sequence[Any]]  # field name -> [encoding, rows, columns]
+
+GROUP = 64
+BITS = {"int8": 8, "int6": 6, "int4": 4}
+_CLIPS = {8: (1.0, 0.97), 6: (1.0, 0.95, 0.9, 0.85), 4: (1.0, 0.93, 0.86, 0.8, 0.74, 0.68)}
+_LARGEST_SCALE = 2.0**14  # of fp16's 65504: leaves 2^28 below before a scale loses bits
+_RICE_HEADER_BYTES = 4  # length of the unary plane
+COLUMN_BITS = 24  # a bf16 step and the Rice parameter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Field:
+    """One packed matrix. shape: (rows, columns).  data: 1-D uint8."""
+
+    label: str
+    encoding: str
+    shape: tuple[int, int]
+    data: Array
+
+
+def join(fields: Sequence[Field]) -> tuple[Tensor, dict[str, list[Any]]]:
+    """All bytes as one 1-D uint8 tensor, and the layout that `split` needs."""
+    joined = np.concatenate([np.zeros(0, np.uint8), *(field.data for field in fields)])
+    return torch.from_numpy(joined), {field.label: [field.encoding, *field.shape] for field in fields}
+
+
+def split(layout: Layout, data: Tensor) -> dict[str, Tensor]:
+    """The matrices of `join`, float32, by name."""
+    rest: Array = data.cpu().numpy()
+    matrices = {}
+    for label, (encoding, rows, columns) in layout.items():
+        decoded, rest = _decode(encoding, (rows, columns), rest)
+        matrices[label] = torch.from_numpy(np.ascontiguousarray(decoded.reshape(columns, rows).T, np.float32))
+    return matrices
+
+
+def value(field: Field) -> Tensor:
+    """The matrix as decoding will give it, float64."""
+    return split({"": [field.encoding, *field.shape]}, torch.from_numpy(field.data))[""].double()
+
+
+def pack(label: str, X: Tensor, encoding: str) -> Field:
+    """X (rows, columns) as `bf16` or one of the grouped integers. Its size is `packed_bytes` of the shape."""
+    flat = _columns(X).ravel()
+    data = _raw(flat) if encoding == "bf16" else _grouped(flat, BITS[encoding])
+    return Field(label, encoding, (X.shape[0], X.shape[1]), data)
+
+
+def packed_bytes(entries: int, encoding: str) -> int:
+    """Size of a field of `bf16` or grouped integers."""
+    if encoding == "bf16":
+        return 2 * entries
+    return (4 + 2 * -(-entries // GROUP) + -(-entries * BITS[encoding] // 8)) if entries else 0
+
+
+def pack_rice(label: str, X: Tensor, steps: Tensor) -> Field:
+    """X (rows, columns) rounded to multiples of each column's step. steps: (columns,), positive; stored as bf16."""
+    codes, rounded = _rice_codes(X, steps)
+    return Field(label, "rice", (X.shape[0], X.shape[1]), _rice(codes, rounded))
+
+
+def rice_bits(X: Tensor, steps: Tensor) -> Array:
+    """(columns,): what `pack_rice` spends on each column, without packing anything."""
+    zigzag = _zigzag(_rice_codes(X, steps)[0])
+    return _rice_parameters(zigzag)[1] + COLUMN_BITS
+
+
+def rice_bytes(bits: Array) -> int:
+    """Size of a field of these columns."""
+    return _RICE_HEADER_BYTES + -(-int(bits.sum()) // 8) + 1 if len(bits) else 0
+
+
+def _columns(X: Tensor) -> Array:
+    """(columns, rows), float64: column by column."""
+    return np.ascontiguousarray(X.detach().cpu().double().numpy().T)
+
+
+def _bytes(values: Array) -> Array:
+    return np.frombuffer(values.tobytes(), np.uint8).copy()  # a view would be read-only, which torch warns of
+
+
+def _take(data: Array, dtype: str, count: int) -> tuple[Array, Array]:
+    size = np.dtype(dtype).itemsize * count
+    return np.frombuffer(data[:size].tobytes(), dtype), data[size:]
+
+
+def _to_bf16(values: Array) -> Array:
+    """Nearest bfloat16 as 16 bits."""
+    return torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16).numpy().astype("<i2")
+
+
+def _from_bf16(bits: Array) -> Array:
+    return (bits.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _raw(flat: Array) -> Array:
+    return _bytes(_to_bf16(flat))
+
+
+def _decode(encoding: str, shape: tuple[int, int], data: Array) -> tuple[Array, Array]:
+    """The entries of the first field in `data`, column by column, and the bytes behind it."""
+    entries = shape[0] * shape[1]
+    if encoding == "bf16":
+        bits, rest = _take(data, "<i2", entries)
+        return _from_bf16(bits), rest
+    return _unrice(shape, data) if encoding == "rice" else _ungrouped(entries, BITS[encoding], data)
+
+
+# Groups
+
+
+def _grouped(flat: Array, bits: int) -> Array:
+    if not len(flat):
+        return np.zeros(0, np.uint8)
+    groups = np.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+    factor = _factor(groups, bits)
+    scales = _best_scales(groups, bits, factor)
+    codes = _codes(groups, bits, _steps(scales, factor)).ravel()[: len(flat)]
+    return np.concatenate([_bytes(factor), _bytes(scales), _to_bits(codes, bits)])
+
+
+def _ungrouped(entries: int, bits: int, data: Array) -> tuple[Array, Array]:
+    if not entries:
+        return np.zeros(0), data
+    factor, data = _take(data, "<f4", 1)
+    scales, data = _take(data, "<f2", -(-entries // GROUP))
+    size = -(-entries * bits // 8)
+    codes = _from_bits(data[:size], entries, bits)
+    steps = np.repeat(_steps(scales, factor)[:, 0], GROUP)[:entries]
+    return codes * steps, data[size:]
+
+
+def _factor(groups: Array, bits: int) -> Array:
+    """(1,) fp32: what fp16 scales are multiples of."""
+    return np.array([max(np.abs(groups).max() / _qmax(bits) / _LARGEST_SCALE, np.finfo(np.float32).tiny)], "<f4")
+
+
+def _best_scales(groups: Array, bits: int, factor: Array) -> Array:
+    """(groups,) fp16: of a few clippings of each group's largest entry the one with the least squared error."""
+    largest = np.abs(groups).max(1) / _qmax(bits) / factor.astype(np.float64)
+    best, least = np.zeros(len(groups), "<f2"), np.full(len(groups), np.inf)
+    for clip in _CLIPS[bits]:
+        scales = (clip * largest).astype("<f2")
+        steps = _steps(scales, factor)
+        error = np.square(groups - _codes(groups, bits, steps) * steps).sum(1)
+        best, least = np.where(error < least, scales, best), np.minimum(error, least)
+    return best.astype("<f2")
+
+
+def _steps(scales: Array, factor: Array) -> Array:
+    """(groups, 1) float64."""
+    return (scales.astype(np.float64) * factor.astype(np.float64))[:, None]
+
+
+def _codes(groups: Array, bits: int, steps: Array) -> Array:
+    """Nearest codes, int64; a group of zeros has step 0 and codes 0."""
+    scaled = groups / np.where(steps > 0, steps, np.inf)
+    return np.clip(np.rint(scaled), -_qmax(bits), _qmax(bits)).astype(np.int64)
+
+
+def _qmax(bits: int) -> int:
+    return (1 << bits - 1) - 1
+
+
+def _to_bits(codes: Array, bits: int) -> Array:
+    """Two's complement of `bits` (up to 8) bits each, without gaps."""
+    octets = codes.astype(np.int8).view(np.uint8)
+    return octets if bits == 8 else np.packbits(np.unpackbits(octets[:, None], axis=1)[:, 8 - bits :])
+
+
+def _from_bits(data: Array, entries: int, bits: int) -> Array:
+    if bits == 8:
+        return data.view(np.int8).astype(np.float64)
+    planes = np.zeros((entries, 8), np.uint8)
+    planes[:, :bits] = np.unpackbits(data)[: entries * bits].reshape(entries, bits)
+    # the sign bit comes first, so shifting down from the top extends it
+    return (np.packbits(planes, axis=1)[:, 0].view(np.int8) >> 8 - bits).astype(np.float64)
+
+
+# Rice
+
+
+def _rice_codes(X: Tensor, steps: Tensor) -> tuple[Array, Array]:
+    """Codes (columns, rows), int64, of what is nearest; and the steps, bf16 as they are stored."""
+    stored = _to_bf16(steps.detach().cpu().double().numpy())
+    return np.rint(_columns(X) / _from_bf16(stored)[:, None]).astype(np.int64), stored
+
+
+def _zigzag(codes: Array) -> Array:
+    """0, -1, 1, -2, 2 .. as 0, 1, 2, 3, 4 .."""
+    return (codes << 1) ^ (codes >> 63)
+
+
+def _rice_parameters(zigzag: Array) -> tuple[Array, Array]:
+    """Of each row of (columns, rows) the parameter that needs fewest bits, and these bits."""
+    rows = max(1, zigzag.shape[1])
+    guess = np.floor(np.log2(zigzag.sum(1) / rows + 1)).astype(np.int64)  # within one of the best for any distribution met
+    best, least = guess, np.full(len(zigzag), np.iinfo(np.int64).max)
+    for parameter in (guess, guess - 1, guess + 1):
+        shift = np.maximum(parameter, 0)
+        bits = (zigzag >> shift[:, None]).sum(1) + zigzag.shape[1] * (1 + shift)
+        best, least = np.where(bits < least, shift, best), np.minimum(bits, least)
+    return best, least
+
+
+def _rice(codes: Array, steps: Array) -> Array:
+    zigzag = _zigzag(codes)
+    parameters, _ = _rice_parameters(zigzag)
+    unary = _unary((zigzag >> parameters[:, None]).ravel())
+    header = [_bytes(np.array([len(unary)], "<u4")), _bytes(steps), parameters.astype(np.uint8)]
+    return np.concatenate([*header, _remainders(zigzag, parameters), unary]) if codes.size else np.zeros(0, np.uint8)
+
+
+def _unrice(shape: tuple[int, int], data: Array) -> tuple[Array, Array]:
+    rows, columns = shape
+    if not rows * columns:
+        return np.zeros(0), data
+    (size,), data = _take(data, "<u4", 1)
+    steps, data = _take(data, "<i2", columns)
+    parameters, data = data[:columns].astype(np.int64), data[columns:]
+    low, data = _from_remainders(rows, parameters, data)
+    high = _from_unary(data[:size], rows * columns).reshape(columns, rows)
+    zigzag = (high << parameters[:, None]) | low
+    codes = (zigzag >> 1) ^ -(zigzag & 1)
+    return (codes * _from_bf16(steps)[:, None]).ravel(), data[size:]
+
+
+def _unary(counts: Array) -> Array:
+    """As many ones as each count says, then a zero."""
+    bits = np.ones(int(counts.sum()) + len(counts), np.uint8)
+    bits[np.cumsum(counts + 1) - 1] = 0
+    return np.packbits(bits)
+
+
+def _from_unary(data: Array, entries: int) -> Array:
+    ends = np.flatnonzero(np.unpackbits(data) == 0)[:entries]
+    return np.diff(ends, prepend=-1) - 1
+
+
+def _remainders(zigzag: Array, parameters: Array) -> Array:
+    """The low bits: for each bit position a plane of all columns whose parameter is larger."""
+    planes = [(zigzag[parameters > bit] >> bit & 1).astype(np.uint8).ravel() for bit in range(int(parameters.max(initial=0)))]
+    return np.packbits(np.concatenate([np.zeros(0, np.uint8), *planes]))
+
+
+def _from_remainders(rows: int, parameters: Array, data: Array) -> tuple[Array, Array]:
+    size = -(-int(parameters.sum()) * rows // 8)
+    bits, low = np.unpackbits(data[:size]), np.zeros((len(parameters), rows), np.int64)
+    for bit in range(int(parameters.max(initial=0))):
+        wide = parameters > bit
+        count = int(wide.sum()) * rows
+        low[wide] |= bits[:count].astype(np.int64).reshape(-1, rows) << bit
+        bits = bits[count:]
+    return low, data[size:]
