@@ -34,7 +34,7 @@ class Joint:
         (QB, RB), (QA, RA) = thin_qr(whole.B), thin_qr(whole.A.mT)
         ends = list(itertools.accumulate((delta.rank for delta in deltas), initial=0))
         small = tuple(LowRankDelta(RB[:, a:b], RA[:, a:b].mT) for a, b in itertools.pairwise(ends))
-        return cls(QB, QA, small, problem.importance)
+        return cls(QB.columns, QA.columns, small, problem.importance)
 
     @property
     def most(self) -> tuple[int, int]:

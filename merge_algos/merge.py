@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from merge_algos.adapter import Adapter, common_base, union
 from merge_algos.blocks import BlockMatrix, seed_of, truncated_svd
 from merge_algos.errors import InvalidParams, InvalidRank, InvalidWeights, NonFiniteResult, WrongCount
 from merge_algos.lowrank import SVD, CoreSVD, LowRankDelta, distance, from_svd, is_rounding, present
-from merge_algos.protocol import Merged, MergeMethod, ModuleContext, PostStep
+from merge_algos.protocol import Merged, MergeMethod, Method, ModuleContext, PostStep
 from merge_algos.rank import RankRule
+
+M = TypeVar("M", bound=Method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def _survey(
     return known
 
 
-def survey_module(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
+def survey_module(method: Method, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
     """One module's findings, on the very deltas that `merge_module` will merge. Raises NonFiniteResult."""
     widened = _checked(deltas, context)
     return method.survey(widened, weights, context)
@@ -224,8 +226,12 @@ def _at_norm(
 
 def build(method: str, parameters: Mapping[str, Any]) -> MergeMethod:
     """The method with these parameters. Raises UnknownMethod, or InvalidParams naming the field."""
-    chosen = methods.find(method)
-    refuse_unknown(chosen, method, parameters)
+    return build_any(methods.find(method), parameters)
+
+
+def build_any(chosen: type[M], parameters: Mapping[str, Any]) -> M:
+    """Raises InvalidParams naming the field."""
+    refuse_unknown(chosen, chosen.name, parameters)
     return chosen(**parameters)
 
 
@@ -246,19 +252,21 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(float(w) for w in weights)
 
 
-def default_weights(method: MergeMethod, count: int) -> tuple[float, ...]:
+def default_weights(method: Method, count: int) -> tuple[float, ...]:
     return (1.0 / count if method.default_weight is None else method.default_weight,) * count
 
 
-def check_count(method: MergeMethod, count: int) -> None:
+def check_count(method: Method, count: int) -> None:
     """Raises WrongCount outside the method's numbers of adapters."""
     most = method.max_adapters
     if count < method.min_adapters or (most is not None and count > most):
         raise WrongCount(method.name, method.min_adapters, most, count)
 
 
-def check_rule(method: MergeMethod, rule: RankRule) -> None:
-    """Raises InvalidRank if an exact result is asked of a method whose results have full rank."""
+def check_rule(method: Method, rule: RankRule) -> None:
+    """Raises InvalidRank if an exact result is asked of a method whose results have full rank, or any of a basis."""
+    if method.produces == "basis" and rule != RankRule():
+        raise InvalidRank(rule.max, f"{method.name} makes a basis, whose size is a budget: give it as a parameter")
     if method.full_rank and rule == RankRule():
         raise InvalidRank(None, f"a result of {method.name} has full rank, so it needs a rank or an energy")
 

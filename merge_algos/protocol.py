@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 from merge_algos.blocks import BlockMatrix
+from merge_algos.codec import Encoded
 from merge_algos.lowrank import CoreSVD, LowRankDelta
 from merge_algos.rank import RankRule
 
@@ -38,13 +39,13 @@ class Merged:
     norm: float | None = None
 
 
-class MergeMethod(Protocol):
-    """One file in `merge_algos/methods/`; see `task_arithmetic` for the shortest.
+class Method(Protocol):
+    """What methods of both kinds say of themselves, and how they look at whole adapters.
 
     name: as in a recipe.  paper: arXiv identifier or citation.  version: raised when results change, because it is part of
     a recipe's identity.  memory: "factors" if no dense block is ever formed, "dense" if rows of the deltas are, and the
     result has full rank.  needs: what beside the adapters.  min_adapters, max_adapters: other numbers are refused.
-    default_weight: of every adapter where a caller gives none; None for 1/n.
+    default_weight: of every adapter where a caller gives none; None for 1/n.  produces: one adapter, or a basis of all.
     unsettled, survey, pool, settle: for a method that has to see all modules before it merges one. A round is
     `known = settle(pool of survey of each module, known)`, and there are as many as `unsettled(known)` asks for.
     breaks: laws of the contract suite (tests/algos/laws.py) that the method breaks at its default parameters -> why. A method
@@ -60,18 +61,12 @@ class MergeMethod(Protocol):
     max_adapters: ClassVar[int | None] = None
     breaks: ClassVar[Mapping[str, str]] = MappingProxyType({})
     default_weight: ClassVar[float | None] = None
+    produces: ClassVar[Literal["adapter", "basis"]] = "adapter"
 
     @property
     def full_rank(self) -> bool:
         """Whether results have full rank with these parameters, so that a rank or an energy is needed."""
         return self.memory == "dense"
-
-    def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        """deltas: the adapters in the caller's order, scaling folded in, rank 0 where absent.  weights: one each, finite.
-
-        At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64.
-        """
-        ...
 
     def unsettled(self, known: Any) -> bool:
         """Whether all modules must be surveyed (once more) before merging. known: None before the first round."""
@@ -80,8 +75,8 @@ class MergeMethod(Protocol):
     def survey(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
         """One module's findings in this round: JSON, and small, because those of a model travel between processes.
 
-        Takes what `merge` takes, but perhaps no delta is present. All have one dtype, which may differ from module to module.
-        The order of an object's keys is lost on the way, so nothing may depend on it.
+        Takes what a module's merge takes, but perhaps no delta is present. All have one dtype, which may differ from module to
+        module. The order of an object's keys is lost on the way, so nothing may depend on it.
         """
         return None
 
@@ -95,6 +90,33 @@ class MergeMethod(Protocol):
         findings: of all modules.  known: after the round before.  Pure, so that a round can be run again.
         """
         return None
+
+
+class MergeMethod(Method, Protocol):
+    """One file in `merge_algos/methods/`; see `task_arithmetic` for the shortest."""
+
+    def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
+        """deltas: the adapters in the caller's order, scaling folded in, rank 0 where absent.  weights: one each, finite.
+
+        At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64.
+        """
+        ...
+
+
+class BasisMethod(Method, Protocol):
+    """One file in `merge_algos/bases/`. Its adapters have no weights: each comes back as it was, or nearly."""
+
+    default_weight: ClassVar[float | None] = 1.0
+    produces: ClassVar[Literal["adapter", "basis"]] = "basis"
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether the adapters' own bytes are kept, so that there is nothing to survey or encode."""
+        return False
+
+    def encode(self, deltas: Sequence[LowRankDelta], context: ModuleContext) -> tuple[Encoded, tuple[float, ...]]:
+        """One module of the basis, and of each task's delta the measured relative error."""
+        ...
 
 
 class PostStep(Protocol):
