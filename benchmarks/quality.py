@@ -50,6 +50,7 @@ class Zoo:
     """The base model with its tokenised data, so that an evaluation is nothing but forwards."""
 
     root: Path
+    split: str
     model: torch.nn.Module
     batches: Mapping[str, list[tuple[dict[str, Tensor], Tensor]]]
     heads: Mapping[str, Mapping[str, Tensor]]
@@ -59,7 +60,8 @@ class Zoo:
     def score(self, deltas: Deltas) -> dict[str, float]:
         """Accuracy per task of the base with these deltas added."""
         with self.merged(deltas):
-            return {task: self._accuracy(task) for task in self.batches}
+            correct = {task: self.correct(task) for task in self.batches}
+        return {task: int(right.sum()) / len(right) for task, right in correct.items()}
 
     @contextmanager
     def merged(self, deltas: Deltas) -> Iterator[None]:
@@ -73,15 +75,16 @@ class Zoo:
             for name, weight in weights.items():
                 weight.copy_(before[name])
 
-    def _accuracy(self, task: str) -> float:
-        head, right, count = self.heads[task], 0, 0
+    @torch.no_grad()
+    def correct(self, task: str) -> Tensor:
+        """(rows,) boolean: which rows of the task the model as it stands has right. Always in the same order."""
+        head, found = self.heads[task], []
         for batch, labels in self.batches[task]:
             hidden = self.model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * mask).sum(1) / mask.sum(1)
-            right += int(((pooled @ head["weight"].T + head["bias"]).argmax(1) == labels).sum())
-            count += len(labels)
-        return right / count
+            found.append((pooled @ head["weight"].T + head["bias"]).argmax(1) == labels)
+        return torch.cat(found)
 
 
 def main() -> None:
@@ -118,7 +121,7 @@ def load(root: Path, split: str) -> Zoo:
     batches = {task: tokenised(tokenizer, pd.read_parquet(root / "data" / task / f"{split}.parquet")[:600]) for task in TASKS}
     heads = {task: load_file(root / "heads" / f"{task}.safetensors") for task in TASKS}
     reference = json.loads((root / "reference.json").read_text())
-    return Zoo(root, model, batches, heads, reference)
+    return Zoo(root, split, model, batches, heads, reference)
 
 
 def tokenised(tokenizer: Any, rows: pd.DataFrame) -> list[tuple[dict[str, Tensor], Tensor]]:
