@@ -33,7 +33,7 @@ from merge_algos import LowRankDelta, codecs
 from merge_algos.reversible import Candidate, Options, Survey, allocate, decode_task, encode, survey
 
 HERE = Path(__file__).parent
-BUDGETS = (0.1, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+BUDGETS = (0.1, 0.125, 0.25, 0.375, 0.5, 1.0)
 SCORED = (0.1, 0.125, 0.25, 0.5, 1.0)  # budgets at which auto's adapters are run; other codecs' at the middle three
 MODULES, ADAPTERS, SIZE, RANK = 4, 8, 256, 8  # of a synthetic regime
 Module = Sequence[LowRankDelta]  # of every adapter its delta

@@ -140,9 +140,7 @@ def goals_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.regime == "zoo" and row.label == "auto" and row.at in GOALS:
             goal = GOALS[row.at]
-            verdict = (
-                f"{'reached' if row.score >= goal else 'missed'}, {(row.score - goal) / row.score_error:+.1f} standard errors"
-            )
+            verdict = f"{'reached' if row.score >= goal else 'missed'} by {abs(row.score - goal):.4f}"
             score = [f"**{row.score:.4f}**", f"{row.score_error:.4f}", verdict, fraction(row.rms)]
             lines.append([row.at, f"{row.size:.3f}", f"{goal:.3f}", *score])
     return table(lines)
@@ -170,6 +168,7 @@ error is `||decoded - adapter|| / ||adapter||` over all modules, root mean squar
 the reconstructed adapter on its own task's test split over that of the original on the same rows, mean over the tasks.
 ± is one standard error, from the rows on which only one of the two is right: what another sample of rows would change. It is
 smaller than the .009 of QUALITY.md because both answer the same 600 rows of each task, and it says nothing of other adapters.
+Where ± is 0, no answer became right or wrong: of 4800 rows that bounds the loss to .001 with 95 % confidence.
 
 `python benchmarks/reversible.py --zoo DIR` repeats it. Surveying every codec for one budget took
 {min(surveys.values()):.0f} to {max(surveys.values()):.0f} s on the zoo's {sum(rows[0].chosen.values())} modules,
