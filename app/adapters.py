@@ -83,6 +83,11 @@ def widest(dtypes: Iterable[str]) -> torch.dtype:
     return torch.float32
 
 
+def spelling(dtype: torch.dtype) -> str:
+    """As safetensors names it."""
+    return _SPELLING[dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Some merged modules: their factors in one safetensors blob, and what each of them cost."""
@@ -115,12 +120,16 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
     """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
     info = tensors.header.tensors[name]
-    dtype = TORCH_DTYPES[info.dtype]
-    if info.size_bytes == 0:
-        return torch.zeros(info.shape, dtype=dtype)
+    return read_tensor_bytes(tensors, name).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
+    """The same as 1-D uint8, whatever its type."""
+    if tensors.header.tensors[name].size_bytes == 0:
+        return torch.zeros(0, dtype=torch.uint8)
     copied = bytearray(tensors.view(name))
     tensors.release(name)
-    return torch.frombuffer(copied, dtype=dtype).reshape(info.shape)
+    return torch.frombuffer(copied, dtype=torch.uint8)
 
 
 def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> peft.AdapterSpec:

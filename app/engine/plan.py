@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.recipe import Recipe, module_weights
+from merge_algos import catalogue
 from merge_algos.adapter import agree, common_base
 from merge_algos.errors import InvalidRank
 from merge_algos.formats.peft import AdapterSpec
-from merge_algos.merge import build, check_count, check_rule
+from merge_algos.merge import check_count, check_rule
 
 _MAX_MODULES_PER_SHARD = 16
 _COMPUTE_BYTES = 4  # float32 at the widest that is shipped
@@ -28,7 +29,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
 
     BaseModelMismatch, ShapeMismatch, BadPattern, InvalidRank, TooFewAdapters, UnknownMethod, InvalidParams.
     """
-    method = build(recipe.method, recipe.parameters)
+    method = catalogue.build(recipe.method, recipe.parameters)
     check_count(method, len(specs))
     check_rule(method, recipe.rank)
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
