@@ -112,6 +112,13 @@ def read_shard(blobs: BlobStore, shard: Descriptor) -> Shard:
     return Shard(Descriptor.from_json(document["tensors"]), tuple(ModuleReport(**m) for m in document["modules"]))
 
 
+def describe_shard(blobs: BlobStore, shard: Descriptor) -> tuple[Descriptor, tuple[str, ...]]:
+    """The tensors and the modules of a shard, of an adapter or of a basis. Raises BlobNotFound."""
+    with blobs.open(shard.digest) as stream:
+        document = json.load(stream)
+    return Descriptor.from_json(document["tensors"]), tuple(m["module"] for m in document["modules"])
+
+
 def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[[str], Tensor]) -> Descriptor:
     """Store a safetensors file whose tensors are asked for one at a time, so that memory stays flat."""
     return blobs.put(write(layout(specs), lambda name: [_bytes(tensor(name))]), media_type=MEDIA_TENSORS)
@@ -130,6 +137,12 @@ def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
     copied = bytearray(tensors.view(name))
     tensors.release(name)
     return torch.frombuffer(copied, dtype=torch.uint8)
+
+
+def padded(name: str, factor: Tensor, r: int) -> Tensor:
+    """A factor by its PEFT name, with rows (A) or columns (B) of zeros up to rank r."""
+    extra = (0, 0, 0, r - factor.shape[0]) if peft.is_lora_A(name) else (0, r - factor.shape[1])
+    return torch.nn.functional.pad(factor, extra)
 
 
 def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> peft.AdapterSpec:

@@ -20,8 +20,9 @@ from merge_algos.lowrank import LowRankDelta
 from merge_algos.survey import decode
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
-from storage.manifest import MEDIA_JSON, BasisManifest, canonical_json
-from storage.tensor_writer import TensorSpec
+from storage.lossless import Packing
+from storage.manifest import MEDIA_JSON, MEDIA_TENSORS, BasisManifest, canonical_json
+from storage.tensor_writer import TensorSpec, layout, write
 from storage.tensors import TensorFile, open_tensors
 
 _NOTHING = torch.zeros(0, dtype=torch.uint8)
@@ -61,6 +62,12 @@ class OpenBasis:
         with blobs.open(manifest.contents.digest) as stream:
             contents = json.load(stream)
         return cls(manifest, contents, open_tensors(blobs.path(manifest.tensors.digest)))
+
+    @property
+    def shapes(self) -> list[dict[str, tuple[int, int]]]:
+        """Module -> (d_out, d_in), of each group; none of a group that holds the adapters' own bytes."""
+        groups = self.contents["groups"]
+        return [{name: (m["shape"][0], m["shape"][1]) for name, m in group["modules"].items()} for group in groups]
 
     def place(self, task: str) -> Place:
         """The task is one of the manifest's."""
@@ -118,7 +125,19 @@ def put_joined(blobs: BlobStore, files: Sequence[TensorFile]) -> Descriptor:
     return put_tensors(blobs, specs, lambda name: read_tensor_bytes(where[name], name))
 
 
-def join_shards(blobs: BlobStore, shards: Sequence[Descriptor], earlier: Sequence[Descriptor] = ()) -> tuple[Descriptor, list[Any]]:
+def put_packing(blobs: BlobStore, packing: Packing, earlier: Sequence[Descriptor] = ()) -> Descriptor:
+    """The adapters' own bytes, packed, after the tensors of earlier files."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(blobs.path(part.digest))) for part in earlier]
+        where = {name: file for file in files for name in file.header.tensors}
+        specs = [*(TensorSpec(name, "U8", where[name].header.tensors[name].shape) for name in where), *packing.specs]
+        chunks = lambda name: [where[name].view(name)] if name in where else packing.chunks(name)  # noqa: E731
+        return blobs.put(write(layout(specs), chunks), media_type=MEDIA_TENSORS)
+
+
+def join_shards(
+    blobs: BlobStore, shards: Sequence[Descriptor], earlier: Sequence[Descriptor] = ()
+) -> tuple[Descriptor, list[Any]]:
     """One file of all shards' tensors and those of earlier files, and the shards' modules in order. Raises BlobNotFound."""
     documents = [read_encoded(blobs, shard) for shard in shards]
     digests = [*(part.digest for part in earlier), *(Descriptor.from_json(d["tensors"]).digest for d in documents)]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from app import ingest
-from app.adapters import read_manifest, read_shard
+from app.adapters import describe_shard, read_manifest
 from app.client import Client, Refused
 from app.console import certificate_table, how_to_load, progress_bar
 from app.engine.child import workbench
@@ -181,14 +181,15 @@ def _live(services: Services) -> Iterator[Digest]:
     for shard in services.jobs.live_shards():
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:
-            yield read_shard(services.blobs, shard).tensors.digest
+            yield describe_shard(services.blobs, shard)[0].digest
 
 
 def _in_use(services: Services) -> Iterator[Digest]:
-    """Inputs of jobs under way: they may have been forgotten since, but the job was promised them."""
+    """Inputs of jobs under way, and bases they extend: they may have been forgotten since, but the job was promised them."""
     after = None
     while page := services.jobs.page(limit=_PAGE, after=after, states=("queued", "running")):
-        sources = (str(item["source"]) for job in page for item in job.recipe["adapters"])
+        sources = [str(item["source"]) for job in page for item in job.recipe["adapters"]]
+        sources += [str(job.recipe["extends"]) for job in page if "extends" in job.recipe]
         yield from (Digest.parse(source) for source in sources if source.startswith("sha256:"))
         after = (page[-1].created_at, str(page[-1].id))
 

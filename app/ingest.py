@@ -86,7 +86,12 @@ def describe_merged(services: Services, manifest: AdapterManifest, digest: Diges
     return _row(manifest, digest, spec, restrictions(services, manifest.inputs))
 
 
-def describe_basis(services: Services, manifest: BasisManifest, digest: Digest, modules: int) -> BasisRecord:
+def describe_basis(
+    services: Services, manifest: BasisManifest, digest: Digest, modules: int, extends: Digest | None
+) -> BasisRecord:
+    """The index row of a basis: as restricted as its inputs, and as what it extends, whose inputs may be forgotten."""
+    parent = services.index.get_basis(extends) if extends else None
+    own = restrictions(services, manifest.inputs)
     return BasisRecord(
         id=digest,
         base_model=manifest.base_model,
@@ -94,7 +99,7 @@ def describe_basis(services: Services, manifest: BasisManifest, digest: Digest, 
         modules=modules,
         size_bytes=manifest.tensors.size_bytes,
         recipe=manifest.recipe,
-        restricted=restrictions(services, manifest.inputs),
+        restricted=tuple(dict.fromkeys((*(parent.restricted if parent else ()), *own))),
         created_at=now(),
     )
 

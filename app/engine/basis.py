@@ -38,6 +38,8 @@ def join(task: JoinTask, bench: Workbench) -> Descriptor:
         (tensors, modules), layout = bases.join_shards(blobs, task.shards, earlier), None
     group = {
         "parameters": dict(recipe.parameters),
+        "dtype": recipe.dtype,
+        "profile": recipe.profile,
         "tasks": [_task(bench, recipe, modules, n, digest) for n, digest in enumerate(task.inputs)],
         "modules": {m["module"]: {k: v for k, v in m.items() if k != "module"} for m in modules},
         "layout": layout,

@@ -7,7 +7,6 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from app import adapters, ingest
 from app.card import model_card
@@ -142,18 +141,13 @@ def _put_weights(blobs: BlobStore, shards: Sequence[adapters.Shard], ranks: Mapp
         where = {name: file for file in files for name in file.header.tensors}
         padded = {name: r for module, r in ranks.items() for name in peft.factor_names(module)}
         specs = [_padded_spec(where[name], name, r) for name, r in padded.items()]
-        return adapters.put_tensors(blobs, specs, lambda name: _padded(where[name], name, padded[name]))
+        tensor = lambda name: adapters.padded(name, adapters.read_tensor(where[name], name), padded[name])  # noqa: E731
+        return adapters.put_tensors(blobs, specs, tensor)
 
 
 def _padded_spec(file: TensorFile, name: str, r: int) -> TensorSpec:
     info = file.header.tensors[name]
     return TensorSpec(name, info.dtype, (r, info.shape[1]) if peft.is_lora_A(name) else (info.shape[0], r))
-
-
-def _padded(file: TensorFile, name: str, r: int) -> Tensor:
-    tensor = adapters.read_tensor(file, name)
-    extra = (0, 0, 0, r - tensor.shape[0]) if peft.is_lora_A(name) else (0, r - tensor.shape[1])
-    return torch.nn.functional.pad(tensor, extra)
 
 
 def _agreed(values: Sequence[str | None]) -> str | None:
