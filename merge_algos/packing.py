@@ -11,7 +11,7 @@ are short, and a Huffman table of each would cost more than it saves), and both 
 Everything is integer arithmetic on codes, so the same codes give the same bytes anywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
-Layout = Mapping[str, Sequence[Any]]  # field name -> [encoding, rows, columns]
+Layout = Sequence[Sequence[Any]]  # [field name, encoding, rows, columns], in the order of the bytes, which JSON keeps of a list
 
 GROUP = 64
 BITS = {"int8": 8, "int6": 6, "int4": 4}
@@ -41,17 +41,17 @@ class Field:
     data: Array
 
 
-def join(fields: Sequence[Field]) -> tuple[Tensor, dict[str, list[Any]]]:
+def join(fields: Sequence[Field]) -> tuple[Tensor, list[list[Any]]]:
     """All bytes as one 1-D uint8 tensor, and the layout that `split` needs."""
     joined = np.concatenate([np.zeros(0, np.uint8), *(field.data for field in fields)])
-    return torch.from_numpy(joined), {field.label: [field.encoding, *field.shape] for field in fields}
+    return torch.from_numpy(joined), [[field.label, field.encoding, *field.shape] for field in fields]
 
 
 def split(layout: Layout, data: Tensor) -> dict[str, Tensor]:
     """The matrices of `join`, float32, by name."""
     rest: Array = data.cpu().numpy()
     matrices = {}
-    for label, (encoding, rows, columns) in layout.items():
+    for label, encoding, rows, columns in layout:
         decoded, rest = _decode(encoding, (rows, columns), rest)
         matrices[label] = torch.from_numpy(np.ascontiguousarray(decoded.reshape(columns, rows).T, np.float32))
     return matrices
@@ -59,7 +59,7 @@ def split(layout: Layout, data: Tensor) -> dict[str, Tensor]:
 
 def value(field: Field) -> Tensor:
     """The matrix as decoding will give it, float64."""
-    return split({"": [field.encoding, *field.shape]}, torch.from_numpy(field.data))[""].double()
+    return split([["", field.encoding, *field.shape]], torch.from_numpy(field.data))[""].double()
 
 
 def pack(label: str, X: Tensor, encoding: str) -> Field:
