@@ -11,7 +11,8 @@ from app.recipe import Dtype, Profile
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # a namespace and a name, as on the Hub; never a path component of ours
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+TaskName = Annotated[str, StringConstraints(pattern=TASK_NAME)]
 Pattern = Annotated[str, StringConstraints(max_length=512)]
 SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
 
