@@ -90,6 +90,7 @@ def adapter_links(services: Services, adapter: Digest) -> dict[str, str]:
 
 
 def basis_view(services: Services, record: BasisRecord) -> BasisView:
+    """A basis with its tasks, from its certificate."""
     names = services.index.names_of(record.id)
     report = certificate(services, record.id) or {}
     totals = report["totals"]
@@ -124,6 +125,7 @@ def basis_links(services: Services, basis: Digest) -> dict[str, str]:
 
 
 def reconstruction_view(services: Services, rebuilt: Rebuilt, weights: Mapping[str, float]) -> Reconstruction:
+    """The adapter, and what was lost of it."""
     alone = list(weights.values()) == [1.0]
     return Reconstruction(
         adapter=adapter_view(services, rebuilt.record),
