@@ -16,8 +16,9 @@ from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 class Ctm(MergeMethod):
     """CTM (arXiv:2606.03723): compress all adapters into a shared Tucker-2 basis of exactly the output rank, merge the cores.
 
-    The rank is the requested one, else half the sum of the ranks, but no less than the largest. Bases start at the truncated HOSVD and are improved
-    by `iterations` of HOOI; what the compression loses of the adapters is in the diagnostics as `compression_error`.
+    The rank is the requested one, else half the sum of the ranks, but no less than the largest. Bases start at the truncated
+    HOSVD and are improved by `iterations` of HOOI; what the compression loses of the adapters is in the diagnostics as
+    `compression_error`. At a rank, task arithmetic loses less of the sum itself: these bases serve all adapters.
     """
 
     name = "ctm"
