@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_algos.errors import InvalidParams, NonFiniteTensor, ShapeMismatch, WrongCount
 from merge_algos.lowrank import LowRankDelta, concat
-from merge_algos.packing import Field, join, split
+from merge_algos.packing import Field, join
 
 Quantize = Literal["none", "int8", "int6", "int4", "auto"]
 QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
@@ -79,7 +79,7 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(field.data) for fields in (self.shared, *self.parts) for field in fields)
+        return sum(field.size_bytes for fields in (self.shared, *self.parts) for field in fields)
 
 
 class Codec(Protocol):
@@ -195,8 +195,7 @@ def best(problem: Problem, tried: Iterable[Packed], codec: type[Codec]) -> Packe
 
 def values(fields: Sequence[Field]) -> dict[str, Tensor]:
     """The matrices as decoding gives them."""
-    joined, layout = join(fields)
-    return split(layout, joined)
+    return {field.label: field.matrix for field in fields}
 
 
 def _importance(norms: Sequence[float], given: Sequence[float] | None) -> tuple[float, ...]:
