@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import torch
 
 from merge_algos import codecs
-from merge_algos.codec import Codec, Encoded, Fields, Quantize, check_deltas, check_quantize, measured
+from merge_algos.codec import Codec, Encoded, Fields, Problem, Quantize, check_deltas, check_quantize, distinct, measured
 from merge_algos.entries import check_choice, check_finite_number, check_flag, check_whole_number
 from merge_algos.errors import InvalidParams, NonFiniteResult
 from merge_algos.lowrank import LowRankDelta
@@ -140,11 +140,8 @@ def survey(
         raise NonFiniteResult(module, "float32")
     input_bytes = sum(2 * delta.rank * sum(delta.shape) for delta in deltas)
     given = None if importance is None else tuple(importance)
-    candidates = []
-    for codec, parameters, budget_bytes in _plans(options, input_bytes):
-        asked = Candidate(codec, parameters, budget_bytes, 0, norms, given)
-        candidates.append(_measure(wide, asked, module, seed) if budget_bytes else asked)
-    return Survey(deltas[0].shape, input_bytes, norms, tuple(candidates))
+    asked = [Candidate(codec, parameters, size, 0, norms, given) for codec, parameters, size in _plans(options, input_bytes)]
+    return Survey(deltas[0].shape, input_bytes, norms, tuple(_measured(wide, asked, module)))
 
 
 def encode(deltas: Sequence[LowRankDelta], choice: Candidate, *, module: str, seed: int) -> tuple[Encoded, tuple[float, ...]]:
@@ -155,7 +152,7 @@ def encode(deltas: Sequence[LowRankDelta], choice: Candidate, *, module: str, se
     check_deltas(deltas, module)
     wide = [delta.to(torch.float64) for delta in deltas]
     encoded = choice.build().fit(wide, choice.budget_bytes, seed, choice.importance)
-    errors = _errors(wide, encoded, module)
+    errors = _errors(wide, decode_all(encoded), module)
     norms = [delta.norm() for delta in wide]
     return encoded, tuple(math.sqrt(error) / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True))
 
@@ -208,14 +205,34 @@ def _plans(options: Options, input_bytes: int) -> Iterator[tuple[str, dict[str, 
                 yield codec, parameters, budget_bytes
 
 
-def _measure(deltas: Sequence[LowRankDelta], asked: Candidate, module: str, seed: int) -> Candidate:
-    encoded = asked.build().fit(deltas, asked.budget_bytes, seed, asked.importance)
-    return dataclasses.replace(asked, size_bytes=encoded.size_bytes, errors=_errors(deltas, encoded, module))
+def _measured(deltas: Sequence[LowRankDelta], asked: Sequence[Candidate], module: str) -> list[Candidate]:
+    """All of them fitted. What codecs need beforehand is prepared once for all budgets, and no byte is packed.
+
+    A codec that names a stand-in makes the same bytes as that one, so it is given what was measured of it at this budget: no
+    codec does better alone than here.
+    """
+    part_of, problem = distinct(deltas, 0, asked[0].importance)
+    prepared: dict[Callable[[Problem], Any], Any] = {}
+    found: dict[tuple[str, int], Candidate] = {}
+    for each in sorted(asked, key=lambda each: each.codec == "hybrid"):
+        codec, room = each.build(), dataclasses.replace(problem, budget_bytes=each.budget_bytes)
+        if each.budget_bytes and problem.deltas:
+            if codec.prepare not in prepared:
+                prepared[codec.prepare] = codec.prepare(problem)
+            same = found.get((codec.stand_in(room, prepared[codec.prepare]) or "", each.budget_bytes))
+            if same is not None:
+                each = dataclasses.replace(each, size_bytes=same.size_bytes, errors=same.errors)
+            else:
+                packed = codec.represent(room, prepared[codec.prepare])
+                decoded = [codec.decoded(room.shape, packed, part) for part in part_of]
+                each = dataclasses.replace(each, size_bytes=packed.size_bytes, errors=_errors(deltas, decoded, module))
+        found[each.codec, each.budget_bytes] = each
+    return [found[each.codec, each.budget_bytes] for each in asked]
 
 
-def _errors(deltas: Sequence[LowRankDelta], encoded: Encoded, module: str) -> tuple[float, ...]:
+def _errors(deltas: Sequence[LowRankDelta], decoded: Sequence[LowRankDelta], module: str) -> tuple[float, ...]:
     """Squared, per task."""
-    errors = tuple(measured(delta, decoded) for delta, decoded in zip(deltas, decode_all(encoded), strict=True))
+    errors = tuple(measured(delta, back) for delta, back in zip(deltas, decoded, strict=True))
     if not all(math.isfinite(error) for error in errors):
         raise NonFiniteResult(module, "float32")
     return errors

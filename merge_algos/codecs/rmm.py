@@ -44,7 +44,7 @@ class Rmm(Codec):
         if self.p is not None:
             check_whole_number("p", self.p, least=0)
 
-    def represent(self, problem: Problem) -> Packed:
+    def represent(self, problem: Problem, prepared: None) -> Packed:
         prepare = aligned if self.align else lambda deltas, p, center: deltas
         return coded(problem, self.quantize, self.p, self.center, prepare)
 

@@ -29,7 +29,7 @@ class RmmAligned(Codec):
         if self.p is not None:
             check_whole_number("p", self.p, least=0)
 
-    def represent(self, problem: Problem) -> Packed:
+    def represent(self, problem: Problem, prepared: None) -> Packed:
         return coded(problem, self.quantize, self.p, self.center, aligned)
 
     @staticmethod
