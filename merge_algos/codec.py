@@ -84,6 +84,14 @@ class Packed:
         return sum(field.size_bytes for fields in (self.shared, *self.parts) for field in fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """A size that a representation may have, and errors (squared, one per delta) that it then has at least."""
+
+    size_bytes: int
+    errors: tuple[float, ...]
+
+
 class Codec(Protocol):
     """One file in `merge_algos/codecs/`: a frozen dataclass whose fields are its parameters; see `truncate`.
 
@@ -109,6 +117,10 @@ class Codec(Protocol):
     def stand_in(self, problem: Problem, prepared: Any) -> str | None:
         """The codec that gives this very representation, where that is known without making it."""
         return None
+
+    def floors(self, problem: Problem) -> Sequence[Floor]:
+        """One of these is met by whatever `represent` makes. Empty where nothing can be said; only of use where it is cheap."""
+        return ()
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:

@@ -12,6 +12,7 @@ Everything is integer arithmetic on codes, so the same codes give the same bytes
 decoded matrix before it has any bytes: most fields are only ever compared with others.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -183,9 +184,9 @@ def _ungrouped(entries: int, bits: int, data: Array) -> tuple[Array, Array]:
 
 
 def _factor(groups: Array, bits: int) -> Array:
-    """(1,) fp32: what fp16 scales are multiples of."""
-    largest = np.abs(groups).max(initial=0.0)
-    return np.array([max(largest / _qmax(bits) / _LARGEST_SCALE, np.finfo(np.float32).tiny)], "<f4")
+    """(1,) fp32: what fp16 scales are multiples of. A power of two, so that a group's codes are those it would have alone."""
+    largest = float(np.abs(groups).max(initial=0.0))
+    return np.array([2.0 ** max(math.ceil(math.log2(largest / _qmax(bits) / _LARGEST_SCALE)), -126) if largest else 1.0], "<f4")
 
 
 def _best_scales(groups: Array, bits: int, factor: Array) -> Array:
