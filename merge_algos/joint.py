@@ -150,7 +150,7 @@ def _tails(energies: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ladder:
-    """Bases of several sizes, judged by their HOSVD before any is refined.
+    """Bases of several sizes, judged after one round of HOOI; the one that is chosen is refined further.
 
     whole: the outlook on the deltas' own terms, without any basis.  rungs: (p, q) -> the outlook on the basis, the terms in it
     and, last, those beyond it.
@@ -167,7 +167,7 @@ class Ladder:
         (U, left), (V, right) = joint.leading(B, A), joint.leading(A, B)
         turned = _Turned(problem.shape, joint.importance, U.mT @ B, V.mT @ A)
         sizes = _sizes(_tails(left), _tails(right))
-        return cls(joint, turned.whole(), {size: turned.outlook(size) for size in sizes})
+        return cls(joint, turned.whole(), {size: turned.refined(joint, size).outlook(size) for size in sizes})
 
     def inside(self) -> Mapping[tuple[int, int], Outlook]:
         """The same without the terms beyond."""
@@ -197,6 +197,15 @@ class _Turned:
     def whole(self) -> Outlook:
         terms = self._energies(self.B.mT @ self.B, self.A.mT @ self.A)
         return Outlook(float(terms.sum()), (), ((terms, self.shape),))
+
+    def refined(self, joint: Joint, size: tuple[int, int]) -> Self:
+        """In the bases of this size after a round of HOOI; the directions beyond them are some or other."""
+        if size == (self.B.shape[1], self.A.shape[1]):
+            return self
+        U, _ = joint.leading(self.B, self.A[:, : size[1]])
+        B = U.mT @ self.B
+        V, _ = joint.leading(self.A, B[:, : size[0]])
+        return replace(self, B=B, A=V.mT @ self.A)
 
     def outlook(self, size: tuple[int, int]) -> Outlook:
         B, A = self.B[:, : size[0]], self.A[:, : size[1]]

@@ -65,7 +65,7 @@ def split(layout: Layout, data: Tensor) -> dict[str, Tensor]:
     matrices = {}
     for label, (encoding, rows, columns) in layout.items():
         decoded, rest = _decode(encoding, (rows, columns), rest)
-        matrices[label] = torch.from_numpy(np.ascontiguousarray(decoded.reshape(columns, rows).T, np.float32))
+        matrices[label] = _laid_out(torch.from_numpy(decoded.reshape(columns, rows).astype(np.float32)).mT)
     return matrices
 
 
@@ -75,10 +75,10 @@ def pack(label: str, X: Tensor, encoding: str) -> Field:
     size = packed_bytes(X.numel(), encoding)
     if encoding == "bf16":
         narrow = X.detach().cpu().to(torch.bfloat16)
-        return Field(label, encoding, shape, size, narrow.float(), partial(_raw, narrow))
+        return Field(label, encoding, shape, size, _laid_out(narrow.float()), partial(_raw, narrow))
     grouped = Groups.of(_columns(X).ravel(), BITS[encoding])
     matrix = grouped.entries.reshape(shape[1], shape[0]).astype(np.float32)
-    return Field(label, encoding, shape, size, torch.from_numpy(matrix).mT, grouped.write)
+    return Field(label, encoding, shape, size, _laid_out(torch.from_numpy(matrix).mT), grouped.write)
 
 
 def packed_bytes(entries: int, encoding: str) -> int:
@@ -94,7 +94,7 @@ def pack_rice(label: str, X: Tensor, steps: Tensor) -> Field:
     codes, stored = _rice_codes(X, steps)
     zigzag = _zigzag(codes)
     parameters = _rice_parameters(zigzag[:: max(1, shape[0] // _SAMPLED_ROWS)])
-    matrix = (codes * stored.double()).float()
+    matrix = _laid_out((codes * stored.double()).float())
     return Field(label, "rice", shape, _rice_size(zigzag, parameters), matrix, partial(_rice, zigzag, parameters, stored))
 
 
@@ -108,6 +108,11 @@ def rice_bits(X: Tensor, steps: Tensor) -> Array:
 def rice_bytes(bits: Array) -> int:
     """Size of a field of these columns."""
     return _RICE_HEADER_BYTES + -(-int(bits.sum()) // 8) + 1 if len(bits) else 0
+
+
+def _laid_out(X: Tensor) -> Tensor:
+    """Row by row, to the last stride: products round by how a matrix lies, and what was measured must be what comes back."""
+    return X.clone(memory_format=torch.contiguous_format)
 
 
 def _columns(X: Tensor) -> Array:
@@ -164,7 +169,8 @@ class Groups:
     @property
     def entries(self) -> Array:
         """(entries,) float64, as they decode."""
-        return self.codes * np.repeat(_steps(self.scales, self.factor)[:, 0], GROUP)[: len(self.codes)]
+        entries: Array = self.codes * np.repeat(_steps(self.scales, self.factor)[:, 0], GROUP)[: len(self.codes)]
+        return entries
 
     def write(self) -> Array:
         if not len(self.codes):

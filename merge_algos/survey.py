@@ -250,7 +250,7 @@ def _is_below(candidate: Candidate, floor: Floor, part_of: Sequence[int]) -> boo
     if candidate.importance is None:
         return all(error < _SAFELY * least for error, least in pairs)
     weights = [w for w, part in zip(candidate.importance, part_of, strict=True) if part >= 0]
-    error, least = (sum(w * e for w, e in zip(weights, side, strict=True)) for side in zip(*pairs, strict=True))
+    error, least = (math.fsum(w * e for w, e in zip(weights, side, strict=True)) for side in zip(*pairs, strict=True))
     return error < _SAFELY * least
 
 

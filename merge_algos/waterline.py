@@ -57,7 +57,6 @@ class Columns:
         return Sampled(Columns(rows if lift is None else rows @ self.X, self.weight), len(whole) / max(1, len(rows)))
 
 
-
 class Sizes(Protocol):
     """What columns would take at a level."""
 

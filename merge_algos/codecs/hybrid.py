@@ -65,7 +65,11 @@ def _plan(problem: Problem, ladder: Ladder) -> str | None:
 def _water_filled(problem: Problem, ladder: Ladder) -> Packed:
     plan = _plan(problem, ladder)
     if plan is not None:
-        return tucker2.water_filled(problem, ladder) if plan == "tucker2" else truncate.water_filled(problem, Truncate.prepare(problem))
+        return (
+            tucker2.water_filled(problem, ladder)
+            if plan == "tucker2"
+            else truncate.water_filled(problem, Truncate.prepare(problem))
+        )
     size = min(ladder.rungs, key=lambda size: ladder.rungs[size].promise(problem.budget_bytes))
     shared = ladder.joint.basis(*size)
     near = ladder.rungs[size].level(problem.budget_bytes)

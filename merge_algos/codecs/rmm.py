@@ -15,6 +15,9 @@ _BLOCK = 1024  # positions of each side at least, where there are more
 _ROUNDS = 3  # of alignment: what later ones gain is lost in the quantisation
 
 
+Room = tuple[str, int]  # an encoding, and the directions that there is room for
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What both codecs of this kind are made of: see `Rmm`."""
@@ -122,8 +125,9 @@ def _gauge(deltas: Sequence[LowRankDelta], p: int, center: bool) -> Tensor:
     for _ in range(_ROUNDS):
         fit = principal(X, p, center=center).vectors()
         U, _S, Vh = torch.linalg.svd(torch.einsum("pnr,pns->nrs", given, fit))
-        X = torch.einsum("pnr,nrs->pns", given, U @ Vh)
-    return U @ Vh
+        turn: Tensor = U @ Vh
+        X = torch.einsum("pnr,nrs->pns", given, turn)
+    return turn
 
 
 def _turned(deltas: Sequence[LowRankDelta], gauge: Tensor) -> list[LowRankDelta]:
@@ -138,19 +142,48 @@ def _block(deltas: Sequence[LowRankDelta]) -> list[LowRankDelta]:
 
 
 def _sampled(d: int) -> Tensor:
-    groups = torch.arange(d).split(GROUP)
-    return torch.cat(groups[:: max(1, d // _BLOCK)])
+    position = torch.arange(d)
+    return position[position // GROUP % max(1, d // _BLOCK) == 0]
 
 
 def coded(problem: Problem, settings: Settings) -> Packed:
     """p None: as many directions as the budget allows."""
-    deltas, rooms = _in_gauge(problem, settings), _rooms(problem, settings)
-    if len(rooms) > 1 and any(len(_sampled(d)) < d for d in problem.shape):
-        block = replace(problem, shape=_block(deltas)[0].shape, deltas=tuple(_block(deltas)))
-        losses = [(loss(block, packed, Rmm), n) for n, packed in enumerate(_packed(block.deltas, rooms, settings.center))]
-        rooms = [rooms[min(losses)[1]]]
-    tried = _packed(deltas, rooms, settings.center)
+    rooms = _rooms(problem, settings)
+    groups = [rooms]
+    if not _is_wide(problem.shape):
+        groups = [[room] for room in rooms]  # a gauge for each encoding costs little here
+    elif len(rooms) > 1:
+        groups = [[_best_room(problem, rooms, settings)]]
+    gauge = _fewest(rooms) if _is_wide(problem.shape) and rooms else None
+    tried = (packed for group in groups for packed in _in_gauge(problem, group, gauge, settings))
     return next(tried) if settings.p is not None else best(problem, tried, Rmm)
+
+
+def _in_gauge(problem: Problem, rooms: Sequence[Room], gauge: int | None, settings: Settings) -> Iterator[Packed]:
+    """gauge: the number of directions it is made for, None for that of the rooms."""
+    deltas: Sequence[LowRankDelta] = problem.deltas
+    if settings.align and rooms:
+        deltas = aligned(problem.canonical, _fewest(rooms) if gauge is None else gauge, settings.center)
+    return _packed(deltas, rooms, settings.center)
+
+
+def _best_room(problem: Problem, rooms: Sequence[Room], settings: Settings) -> Room:
+    """Of least loss in the block."""
+    block = _in_block(problem, rooms, settings)
+    losses = [(loss(block, packed, Rmm), n) for n, packed in enumerate(_packed(block.deltas, rooms, settings.center))]
+    return rooms[min(losses)[1]]
+
+
+def _in_block(problem: Problem, rooms: Sequence[Room], settings: Settings) -> Problem:
+    """The block in its gauge."""
+    given = _block(problem.canonical if settings.align else problem.deltas)
+    if settings.align and rooms:
+        given = _turned(given, _gauge(given, _fewest(rooms), settings.center))
+    return replace(problem, shape=given[0].shape, deltas=tuple(given))
+
+
+def _is_wide(shape: tuple[int, int]) -> bool:
+    return any(len(_sampled(d)) < d for d in shape)
 
 
 def floors(problem: Problem, settings: Settings) -> Sequence[Floor]:
@@ -161,22 +194,15 @@ def floors(problem: Problem, settings: Settings) -> Sequence[Floor]:
     """
     if settings.p is not None or any(d % GROUP or len(_sampled(d)) == d for d in problem.shape):
         return ()
-    given = _block(problem.canonical if settings.align else problem.deltas)
     rooms = _rooms(problem, settings)
-    if settings.align and rooms:
-        given = _turned(given, _gauge(given, _fewest(rooms), settings.center))
-    tried = _packed(given, rooms, settings.center)
-    decoded = ([Rmm.restore(given[0].shape, values(x.shared), values(part)) for part in x.parts] for x in tried)
-    errors = (tuple(measured(d, back) for d, back in zip(given, each, strict=True)) for each in decoded)
+    block = _in_block(problem, rooms, settings)
+    tried = _packed(block.deltas, rooms, settings.center)
+    decoded = ([Rmm.restore(block.shape, values(x.shared), values(part)) for part in x.parts] for x in tried)
+    errors = (tuple(measured(d, back) for d, back in zip(block.deltas, each, strict=True)) for each in decoded)
     return [Floor(_size(problem, *room, settings.center), e) for room, e in zip(rooms, errors, strict=True)]
 
 
-def _in_gauge(problem: Problem, settings: Settings) -> Sequence[LowRankDelta]:
-    rooms = _rooms(problem, settings)
-    return aligned(problem.canonical, _fewest(rooms), settings.center) if settings.align and rooms else problem.deltas
-
-
-def _fewest(rooms: Sequence[tuple[str, int]]) -> int:
+def _fewest(rooms: Sequence[Room]) -> int:
     """One gauge for all encodings: the fewer directions there are, the more it matters."""
     return min(p for _, p in rooms)
 
@@ -199,7 +225,7 @@ def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelt
     return LowRankDelta(X[: shape[0]], X[shape[0] :].mT)
 
 
-def _rooms(problem: Problem, settings: Settings) -> list[tuple[str, int]]:
+def _rooms(problem: Problem, settings: Settings) -> list[Room]:
     """Encodings, and how many directions each has room for."""
     every, most = ("bf16", "int8", "int6", "int4"), most_directions(problem, settings.center)
     quantize = "none" if settings.quantize == "auto" and settings.p is not None else settings.quantize
@@ -210,7 +236,7 @@ def _rooms(problem: Problem, settings: Settings) -> list[tuple[str, int]]:
     return [(encoding, p) for encoding, p in rooms if p >= 0]
 
 
-def _packed(deltas: Sequence[LowRankDelta], rooms: Sequence[tuple[str, int]], center: bool) -> Iterator[Packed]:
+def _packed(deltas: Sequence[LowRankDelta], rooms: Sequence[Room], center: bool) -> Iterator[Packed]:
     if rooms:
         basis = principal(positions(deltas), max(p for _, p in rooms), center=center)
         yield from (_pack(basis.leading(p), encoding, center) for encoding, p in rooms)

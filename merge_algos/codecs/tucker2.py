@@ -10,6 +10,7 @@ from merge_algos.lowrank import LowRankDelta, canonical
 from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
 from merge_algos.waterline import FIXED, find_level, is_short, meet
 
+
 @dataclass(frozen=True)
 class Tucker2(Codec):
     """Tucker 1966 in two modes: `delta_i = U C_i V^T`, HOSVD to begin with, then HOOI (De Lathauwer, De Moor, Vandewalle 2000).

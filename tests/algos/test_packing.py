@@ -19,7 +19,7 @@ def value(field: Field) -> torch.Tensor:
     """What its bytes decode to, which is what it said they would."""
     data, layout = join([field])
     (decoded,) = split(layout, data).values()
-    assert torch.equal(decoded, field.matrix) and len(data) == field.size_bytes
+    assert torch.equal(decoded, field.matrix) and decoded.stride() == field.matrix.stride() and len(data) == field.size_bytes
     return decoded.double()
 
 
