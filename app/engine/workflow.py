@@ -78,6 +78,9 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     run.report("merge", done, len(planned.modules))
     kind: Any = EncodeTask if method.produces == "basis" else ShardTask
     todo = [_task(kind, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
+    if kind is EncodeTask:
+        group = _group(run)
+        todo = [replace(task, group=group) for task in todo]
     for task, shard in run.executor.run(todo, stop=run.stop):
         run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
         finished[task.number] = shard
@@ -187,8 +190,7 @@ def _task(kind: type[T], run: Run, inputs: Sequence[Digest], planned: Plan, numb
     """The task of this kind over the modules of one shard."""
     modules = {name: planned.modules[name] for name in planned.shards[number]}
     weights = {name: planned.weights[name] for name in modules}
-    task = kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
-    return replace(task, group=_group(run)) if isinstance(task, EncodeTask) else task
+    return kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
 
 
 def _group(run: Run) -> int:
