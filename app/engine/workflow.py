@@ -132,8 +132,9 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Pl
     planned = plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
     if recipe.extends is not None:
         parent = bases.OpenBasis.open(services.blobs, Digest.parse(recipe.extends))
-        common_base([parent.manifest.base_model, planned.base_model], allow_mismatch=recipe.allow_base_mismatch)
         agree([*parent.shapes, planned.modules])
+        both = [parent.manifest.base_model, planned.base_model]
+        return replace(planned, base_model=common_base(both, allow_mismatch=recipe.allow_base_mismatch))
     return planned
 
 

@@ -57,7 +57,7 @@ def collected(server: Server) -> None:
 # --- adding adapters
 
 
-@pytest.fixture(scope="module", params=["auto", "lossless", "rmm"])
+@pytest.fixture(scope="module", params=["truncate", "lossless", "rmm"])
 def grown(request: pytest.FixtureRequest, service: Server) -> dict[str, Any]:
     """A basis of two, whose originals are gone, and what came of adding a third to it. tasks: their files before."""
     parameters = {"codec": request.param, **({"p": 1} if request.param == "rmm" else {"budget": 0.5})}
@@ -186,13 +186,17 @@ def test_a_basis_is_no_source(service: Server, named: str, by_name: bool, method
     assert source in problem(answer, 404, "unknown-adapter")["detail"]
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/adapter_config.json"), ("GET", "/report.json")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/adapter_config.json"), ("GET", "/report.json")]
+)
 def test_a_basis_is_no_adapter(service: Server, named: str, method: str, path: str) -> None:
     problem(service.http.request(method, f"/adapters/{named}{path}"), 404, "unknown-adapter")
     assert shown(service, named)["id"] == named
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", f"/tasks/math/{WEIGHTS}"), ("GET", "/report.json")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", f"/tasks/math/{WEIGHTS}"), ("GET", "/report.json")]
+)
 def test_an_adapter_is_no_basis(service: Server, ids: dict[str, str], method: str, path: str) -> None:
     problem(service.http.request(method, f"/rmm/{ids['math']}{path}"), 404, "unknown-basis")
     assert service.http.get(f"/adapters/{ids['math']}").status_code == 200
@@ -269,7 +273,6 @@ def requests(server: Server, basis: str, headers: Mapping[str, str]) -> dict[str
 @pytest.mark.parametrize("which", ["basis", "extension"])
 def test_who_may_read_the_adapters_gets_all_of_it(hub_service: Server, private: dict[str, str], which: str) -> None:
     answers = requests(hub_service, private[which], {"x-hub-token": MINE})
-    assert {name: answer.status_code // 100 for name, answer in answers.items() if name != "public task"}.keys() <= answers.keys()
     assert {answer.status_code for answer in answers.values()} <= {200, 202, 304}
 
 
@@ -308,7 +311,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "p negative": ({"parameters": {"codec": "rmm", "p": -1}}, 422, "invalid-params", "parameters.p"),
     "p out of range": ({"parameters": {"codec": "rmm", "p": 2}}, 422, "invalid-params", "at most 1 principal"),
     "p text": ({"parameters": {"codec": "rmm", "p": "1"}}, 422, "invalid-params", "parameters.p"),
-    "p of a codec without": ({"parameters": {"codec": "truncate", "p": 1}}, 422, "invalid-params", "parameters.p"),
+    "p of a codec without": ({"parameters": {"codec": "tucker2", "p": 1}}, 422, "invalid-params", "parameters.p"),
     "no budget": ({"parameters": {"budget": 0}}, 422, "invalid-params", "parameters.budget"),
     "budget negative": ({"parameters": {"budget": -0.5}}, 422, "invalid-params", "parameters.budget"),
     "budget true": ({"parameters": {"budget": True}}, 422, "invalid-params", "parameters.budget"),
