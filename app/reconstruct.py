@@ -22,6 +22,7 @@ from app.engine.child import workbench
 from app.engine.local import threads_for
 from app.errors import UnknownTask
 from app.services import Services
+from merge_algos.errors import NonFiniteResult
 from merge_algos.formats import peft
 from merge_algos.lowrank import LowRankDelta, distance, weighted_sum
 from merge_algos.merge import reduce
@@ -57,26 +58,39 @@ class _Module:
 def reconstruct(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Rebuilt:
     """The adapter of one task at weight 1, or the weighted sum of several; from the store if it was asked for before.
 
-    Raises UnknownTask, BlobNotFound, InvalidRank or NonFiniteResult.
+    Raises UnknownTask, BlobNotFound or NonFiniteResult.
     """
+    known = held(services, basis, weights, rule)
+    if known is not None:
+        return known
+    # in the basis's order: that of the caller's weights is not part of what is asked, so it must not show in the bytes
+    ordered = {task: weights[task] for task in basis.tasks if task in weights}
+    return _make(services, basis, ordered, rule, _identity(basis, weights, rule))
+
+
+def held(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Rebuilt | None:
+    """What was asked for before and is still whole. Raises UnknownTask."""
     for task in weights:
         if task not in basis.tasks:
             raise UnknownTask(task, basis.tasks)
+    known = services.index.result(_identity(basis, weights, rule))
+    record = services.index.get(known.target) if known is not None else None
+    if record is None or not ingest.complete(services, record.id):
+        return None
+    return Rebuilt(record, _report(services, record.id))
+
+
+def _identity(basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Digest:
     asked = {"schema": 1, "basis": str(basis.id), "weights": dict(weights), "rank": asdict(rule)}
-    identity = Digest.of(canonical_json(asked))
-    known = services.index.result(identity)
-    if known is not None and ingest.complete(services, known.target):
-        record = services.index.get(known.target)
-        if record is not None:
-            return Rebuilt(record, _report(services, record.id))
-    return _make(services, basis, weights, rule, identity)
+    return Digest.of(canonical_json(asked))
 
 
 def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule, identity: Digest) -> Rebuilt:
     opened = OpenBasis.open(services.blobs, basis.id)
     with closing(opened.tensors):
         places = {task: opened.place(task) for task in weights}
-        if len(weights) == 1 and _is_verbatim(opened, *places.values()) and set(weights.values()) == {1.0}:
+        alone = list(weights.values()) == [1.0] and rule == RankRule()
+        if alone and _is_verbatim(opened, *places.values()):
             parts, report = _verbatim(services, opened, *places.values(), asked=(basis, weights, identity))
         else:
             parts, report = _decoded(services, opened, basis, places, weights, rule, identity)
@@ -152,12 +166,19 @@ def _module(
 ) -> _Module:
     deltas = [read(name, shapes[name]) for read in readers]
     whole = deltas[0] if list(weights) == [1.0] else weighted_sum(deltas, weights)
+    _check_finite(whole, name)  # a weight may be too large for what it weighs
     cut = reduce(whole, ModuleContext(name, 0, rule)) if rule != RankRule() or whole.rank > min(whole.shape) else None
     finished = cut.delta if cut else whole
     shipped = finished.to(dtype)
+    _check_finite(shipped, name)
     norm = cut.norm if cut else whole.norm()
     rounding = distance(finished, shipped)
     return _Module(name, shipped, norm, math.sqrt(cut.lost) if cut else 0.0, rounding / norm if norm else 0.0)
+
+
+def _check_finite(delta: LowRankDelta, module: str) -> None:
+    if not (delta.B.isfinite().all() and delta.A.isfinite().all()):
+        raise NonFiniteResult(module, str(delta.B.dtype).removeprefix("torch."))
 
 
 def _shapes(services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
@@ -237,12 +258,9 @@ def _padded_shape(name: str, factor: Tensor, r: int) -> tuple[int, int]:
 
 
 def _dtype(opened: OpenBasis, places: Sequence[Place]) -> torch.dtype:
-    """What the basis's recipe says, else the widest of the tasks' own."""
-    asked = opened.group(places[0])["dtype"]
-    if asked != "auto":
-        found: torch.dtype = getattr(torch, asked)
-        return found
-    return adapters.widest(opened.task(place)["dtype"] for place in places)
+    """The widest of what the tasks' recipes say, or of their own where they say nothing."""
+    asked = [(opened.group(place)["dtype"], opened.task(place)["dtype"]) for place in places]
+    return adapters.widest(own if said == "auto" else adapters.spelling(getattr(torch, said)) for said, own in asked)
 
 
 def _record(services: Services, manifest: AdapterManifest, digest: Digest, basis: BasisRecord) -> AdapterRecord:

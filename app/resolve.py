@@ -1,6 +1,7 @@
 """From what a caller asks for to a recipe: names and branches pinned, defaults written out, the impossible refused early."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from storage.manifest import canonical_json
 from storage.sources.hub import HubRef, HubSnapshot
 
 T = TypeVar("T", bound=Method | PostStep)
+
+_NATURAL_CHARS = 90  # of a task's name at most, so that a number fits behind it
 
 
 def resolve(request: MergeRequest, services: Services, *, token: str | None) -> Recipe:
@@ -65,15 +68,32 @@ def resolve_extension(basis: BasisRecord, request: ExtendRequest, services: Serv
 
     Raises what `resolve` raises, and InvalidField for a name that the basis has already.
     """
-    opened = OpenBasis.open(services.blobs, basis.id)
-    parameters = {**opened.contents["groups"][0]["parameters"], **request.parameters}
-    asked = MergeRequest(method="rmm", parameters=parameters, adapters=[request.adapter], dtype=request.dtype, seed=request.seed)
+    first = OpenBasis.open(services.blobs, basis.id).contents["groups"][0]
+    asked = MergeRequest(
+        method="rmm",
+        parameters={**_inherited(first["parameters"], request.parameters), **request.parameters},
+        adapters=[request.adapter],
+        dtype=request.dtype,
+        seed=request.seed,
+        profile=first["profile"],
+        allow_base_mismatch=request.allow_base_mismatch,
+    )
     recipe = dataclasses.replace(resolve(asked, services, token=token), extends=str(basis.id))
     (item,) = recipe.adapters
     if item.name in basis.tasks:
         raise InvalidField("adapter.name", f"the basis has a task {item.name!r} already")
     _check_plan(recipe, services)
     return recipe
+
+
+def _inherited(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A basis's parameters for one adapter more, which alone has one principal direction, or, around its mean, none.
+
+    A number of directions means nothing to another codec, and would silence a budget that is asked for.
+    """
+    p = None if {"codec", "budget"} & asked.keys() else parameters["p"]
+    center = asked.get("center", parameters["center"])
+    return {**parameters, "p": None if p is None else min(p, 0 if center else 1)}
 
 
 def _check_basis(request: MergeRequest) -> None:
@@ -187,9 +207,10 @@ def _names(adapters: Sequence[AdapterInput]) -> tuple[str, ...]:
 
 
 def _natural_name(source: str) -> str:
-    """`hub:org/math-lora@main` -> `math-lora`, `sha256:0123…` -> `0123456789ab`."""
+    """`hub:org/math-lora@main` -> `math-lora`, `sha256:0123…` -> `0123456789ab`. As callers may write a task's name."""
     kind, _, rest = source.partition(":")
-    return rest[:12] if kind == "sha256" else rest.partition("@")[0].rpartition("/")[2]
+    last = rest[:12] if kind == "sha256" else rest.partition("@")[0].rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:_NATURAL_CHARS] or "task"
 
 
 def _rank(request: MergeRequest) -> RankRule:

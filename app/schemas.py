@@ -78,6 +78,7 @@ class ExtendRequest(Body):
     parameters: dict[str, Any] = Field(default={}, description="the method's own, where they differ from the basis's")
     dtype: Dtype = Field(default="auto", description="of the adapter when it is reconstructed; auto is its own")
     seed: int = Field(default=0, ge=0, lt=2**63)
+    allow_base_mismatch: bool = Field(default=False, description="add an adapter of another base model all the same")
 
 
 class ReconstructRequest(Body):

@@ -78,6 +78,9 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     run.report("merge", done, len(planned.modules))
     kind: Any = EncodeTask if method.produces == "basis" else ShardTask
     todo = [_task(kind, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
+    if kind is EncodeTask:
+        group = _group(run)
+        todo = [replace(task, group=group) for task in todo]
     for task, shard in run.executor.run(todo, stop=run.stop):
         run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
         finished[task.number] = shard
@@ -129,8 +132,9 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Pl
     planned = plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
     if recipe.extends is not None:
         parent = bases.OpenBasis.open(services.blobs, Digest.parse(recipe.extends))
-        common_base([parent.manifest.base_model, planned.base_model], allow_mismatch=recipe.allow_base_mismatch)
         agree([*parent.shapes, planned.modules])
+        both = [parent.manifest.base_model, planned.base_model]
+        return replace(planned, base_model=common_base(both, allow_mismatch=recipe.allow_base_mismatch))
     return planned
 
 
@@ -187,8 +191,7 @@ def _task(kind: type[T], run: Run, inputs: Sequence[Digest], planned: Plan, numb
     """The task of this kind over the modules of one shard."""
     modules = {name: planned.modules[name] for name in planned.shards[number]}
     weights = {name: planned.weights[name] for name in modules}
-    task = kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
-    return replace(task, group=_group(run)) if isinstance(task, EncodeTask) else task
+    return kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
 
 
 def _group(run: Run) -> int:

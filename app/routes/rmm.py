@@ -1,6 +1,7 @@
 """Reversible bases: what they hold, one task or a mix out of them, one adapter more into them."""
 
 import asyncio
+from threading import BoundedSemaphore
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -10,7 +11,7 @@ from app import ingest
 from app.bases import read_basis
 from app.engine.queue import JobQueue
 from app.errors import InvalidField, UnknownBasis, UnknownPart
-from app.reconstruct import reconstruct
+from app.reconstruct import Rebuilt, held, reconstruct
 from app.resolve import resolve_extension
 from app.routes.adapters import FILES, send, send_part
 from app.routes.deps import Cursor, Limit, UsesQueue, UsesServices, UsesSlots, UsesToken, make_cursor, parse_cursor, require_json
@@ -31,7 +32,8 @@ def list_bases(services: UsesServices, limit: Limit = 50, cursor: Cursor = None)
     found = services.index.page_of_bases(limit=limit + 1, after=parse_cursor(cursor))
     page, more = found[:limit], len(found) > limit
     following = make_cursor(page[-1].created_at, page[-1].id) if more else None
-    return BasisList(data=[basis_view(services, record) for record in page], next=following)
+    whole = [record for record in page if ingest.complete(services, record.id)]  # one that lost blobs cannot be described
+    return BasisList(data=[basis_view(services, record) for record in whole], next=following)
 
 
 @router.get("/{basis_id}")
@@ -43,7 +45,10 @@ def show_basis(basis_id: str, services: UsesServices) -> BasisView:
 @router.delete("/{basis_id}", status_code=204)
 def forget_basis(basis_id: str, services: UsesServices) -> None:
     """Forget a basis and the results that led to it. `braid store gc` frees the bytes."""
-    services.index.forget(_get(services, basis_id).id)
+    digest = Digest.parse(basis_id)
+    if services.index.get_basis(digest) is None:
+        raise UnknownBasis(basis_id)
+    services.index.forget(digest)
 
 
 @router.post("/{basis_id}/reconstruct", dependencies=[Depends(require_json)], responses=problems(401, 403, 415, 502, 507))
@@ -54,8 +59,7 @@ def reconstruct_adapter(
     basis = _get(services, basis_id)
     ingest.check_access(services, basis, token=token)
     weights = _weights(asked)
-    with slots:
-        rebuilt = reconstruct(services, basis, weights, _rank(asked))
+    rebuilt = _rebuilt(services, slots, basis, weights, _rank(asked))
     if asked.name is not None:
         services.index.set_name(asked.name, rebuilt.record.id)
     return reconstruction_view(services, rebuilt, weights)
@@ -92,8 +96,7 @@ def download_task(
     """One file of one task's adapter, which is reconstructed if it was not before."""
     basis = _get(services, basis_id)
     ingest.check_access(services, basis, token=token)
-    with slots:
-        rebuilt = reconstruct(services, basis, {task: 1.0}, RankRule())
+    rebuilt = _rebuilt(services, slots, basis, {task: 1.0}, RankRule())
     return send_part(request, services, rebuilt.record, part, if_none_match)
 
 
@@ -114,6 +117,17 @@ def download_basis(
     if blob is None:
         raise UnknownPart(part)
     return send(request, services, blob, part, if_none_match, private=bool(basis.restricted))
+
+
+def _rebuilt(
+    services: Services, slots: BoundedSemaphore, basis: BasisRecord, weights: dict[str, float], rule: RankRule
+) -> Rebuilt:
+    """What is in the store is answered at once; only work waits for its turn."""
+    known = held(services, basis, weights, rule)
+    if known is not None:
+        return known
+    with slots:
+        return reconstruct(services, basis, weights, rule)
 
 
 def _extend(services: Services, queue: JobQueue, basis_id: str, asked: ExtendRequest, token: str | None) -> Job:
@@ -142,6 +156,6 @@ def _rank(asked: ReconstructRequest) -> RankRule:
 
 def _get(services: Services, basis_id: str) -> BasisRecord:
     record = services.index.get_basis(Digest.parse(basis_id))
-    if record is None or services.blobs.stat(record.id) is None:
+    if record is None or not ingest.complete(services, record.id):
         raise UnknownBasis(basis_id)
     return record
