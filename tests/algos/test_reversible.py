@@ -10,9 +10,11 @@ import torch
 
 from cases import dense, random_delta
 from merge_algos import Adapter, LowRankDelta
-from merge_algos.codecs import registry
+from merge_algos.codec import distinct
+from merge_algos.codecs import find, registry
 from merge_algos.errors import BaseModelMismatch, InvalidParams, NonFiniteResult, NonFiniteTensor, ShapeMismatch, WrongCount
 from merge_algos.reversible import Basis, Candidate, Options, Survey, allocate, build_basis, encode, survey
+from merge_algos.survey import decode_all
 
 SHAPES = {"q_proj": (24, 18), "v_proj": (12, 18), "down_proj": (30, 10)}
 
@@ -177,6 +179,20 @@ def test_a_choice_alone_gives_the_surveyed_bytes_again() -> None:
             assert encoded.size_bytes == candidate.size_bytes
             squared = [e**2 * n for e, n in zip(errors, whole.norms, strict=True)]
             assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-30) for a, b in zip(squared, candidate.errors, strict=True))
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_a_codec_makes_the_bytes_of_its_stand_in(common: bool) -> None:
+    row = [random_delta(2 * n, (300, 280), 3) for n in range(4)]
+    row = [LowRankDelta(delta.B, row[0].A) for delta in row] if common else row
+    _, problem = distinct(row, 4 * 3 * 580)
+    hybrid = find("hybrid")()
+    name = hybrid.stand_in(problem, hybrid.prepare(problem))
+    assert name == ("tucker2" if common else "truncate")
+    own, other = hybrid.fit(row, problem.budget_bytes), find(name)().fit(row, problem.budget_bytes)
+    assert torch.equal(own.shared, other.shared) and all(torch.equal(a, b) for a, b in zip(own.parts, other.parts, strict=True))
+    for one, same in zip(decode_all(own), decode_all(other), strict=True):
+        assert torch.equal(one.B, same.B) and torch.equal(one.A, same.A)
 
 
 @pytest.mark.parametrize("budget", [1e-6, 0.2, 2.0])
