@@ -131,6 +131,7 @@ def basis_links(services: Services, basis: Digest) -> dict[str, str]:
 
 
 def reconstruction_view(services: Services, rebuilt: Rebuilt, weights: Mapping[str, float]) -> Reconstruction:
+    """The adapter that came out of a basis, and what was lost on the way. weights: as they were asked for."""
     alone = list(weights.values()) == [1.0]
     return Reconstruction(
         adapter=adapter_view(services, rebuilt.record),
