@@ -300,6 +300,12 @@ def test_its_job_shows_nobody_else_the_certificate(hub_service: Server, private:
     assert (job["state"], job["certificate"]) == ("succeeded", None)
 
 
+def test_its_job_shows_the_certificate_to_who_may_read_it(hub_service: Server, private: dict[str, str]) -> None:
+    recipe = shown(hub_service, private["basis"])["recipe"]
+    job = hub_service.http.get(f"/jobs/{recipe}", headers={"x-hub-token": MINE}).json()
+    assert job["certificate"]["kind"] == "basis"
+
+
 # --- bad input
 
 
