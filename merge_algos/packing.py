@@ -320,10 +320,16 @@ def _remainders(zigzag: Array, parameters: Array) -> Array:
 
 def _from_remainders(rows: int, parameters: Array, data: Array) -> tuple[Array, Array]:
     size = -(-int(parameters.sum()) * rows // 8)
-    bits, low = np.unpackbits(data[:size]), np.zeros((len(parameters), rows), np.int64)
-    for bit in range(int(parameters.max(initial=0))):
+    most = int(parameters.max(initial=0))
+    narrow = np.int32 if most < 31 else np.int64  # half the memory to pass through
+    bits, low = np.unpackbits(data[:size]), np.zeros((len(parameters), rows), narrow)
+    for bit in range(most):
         wide = parameters > bit
         count = int(wide.sum()) * rows
-        low[wide] |= bits[:count].astype(np.int64).reshape(-1, rows) << bit
+        plane = bits[:count].reshape(-1, rows).astype(narrow) << bit
+        if count == low.size:
+            low |= plane
+        else:
+            low[wide] |= plane
         bits = bits[count:]
     return low, data[size:]
