@@ -322,11 +322,12 @@ def _from_remainders(rows: int, parameters: Array, data: Array) -> tuple[Array, 
     size = -(-int(parameters.sum()) * rows // 8)
     most = int(parameters.max(initial=0))
     narrow = np.int32 if most < 31 else np.int64  # half the memory to pass through
-    bits, low = np.unpackbits(data[:size]), np.zeros((len(parameters), rows), narrow)
+    bits: Array = np.unpackbits(data[:size])
+    low = np.zeros((len(parameters), rows), narrow)
     for bit in range(most):
         wide = parameters > bit
         count = int(wide.sum()) * rows
-        plane = bits[:count].reshape(-1, rows).astype(narrow) << bit
+        plane: Array = np.left_shift(bits[:count].reshape(-1, rows), bit, dtype=narrow)
         if count == low.size:
             low |= plane
         else:
