@@ -20,6 +20,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python benchmarks/spine.py
 	$(VENV)/bin/python benchmarks/merge.py
+	$(VENV)/bin/python benchmarks/reconstruct.py
 
 clean:
 	rm -rf $(VENV) demo-merged

@@ -83,6 +83,11 @@ def widest(dtypes: Iterable[str]) -> torch.dtype:
     return torch.float32
 
 
+def spelling(dtype: torch.dtype) -> str:
+    """As safetensors names it."""
+    return _SPELLING[dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Some merged modules: their factors in one safetensors blob, and what each of them cost."""
@@ -107,6 +112,13 @@ def read_shard(blobs: BlobStore, shard: Descriptor) -> Shard:
     return Shard(Descriptor.from_json(document["tensors"]), tuple(ModuleReport(**m) for m in document["modules"]))
 
 
+def describe_shard(blobs: BlobStore, shard: Descriptor) -> tuple[Descriptor, tuple[str, ...]]:
+    """The tensors and the modules of a shard, of an adapter or of a basis. Raises BlobNotFound."""
+    with blobs.open(shard.digest) as stream:
+        document = json.load(stream)
+    return Descriptor.from_json(document["tensors"]), tuple(m["module"] for m in document["modules"])
+
+
 def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[[str], Tensor]) -> Descriptor:
     """Store a safetensors file whose tensors are asked for one at a time, so that memory stays flat."""
     return blobs.put(write(layout(specs), lambda name: [_bytes(tensor(name))]), media_type=MEDIA_TENSORS)
@@ -115,12 +127,22 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
     """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
     info = tensors.header.tensors[name]
-    dtype = TORCH_DTYPES[info.dtype]
-    if info.size_bytes == 0:
-        return torch.zeros(info.shape, dtype=dtype)
+    return read_tensor_bytes(tensors, name).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
+    """The same as 1-D uint8, whatever its type."""
+    if tensors.header.tensors[name].size_bytes == 0:
+        return torch.zeros(0, dtype=torch.uint8)
     copied = bytearray(tensors.view(name))
     tensors.release(name)
-    return torch.frombuffer(copied, dtype=dtype).reshape(info.shape)
+    return torch.frombuffer(copied, dtype=torch.uint8)
+
+
+def padded(name: str, factor: Tensor, r: int) -> Tensor:
+    """A factor by its PEFT name, with rows (A) or columns (B) of zeros up to rank r."""
+    extra = (0, 0, 0, r - factor.shape[0]) if peft.is_lora_A(name) else (0, r - factor.shape[1])
+    return torch.nn.functional.pad(factor, extra)
 
 
 def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> peft.AdapterSpec:

@@ -12,6 +12,31 @@ def model_card(report: Mapping[str, Any], base_model: str) -> str:
     return f"---\n{_metadata(report, base_model)}---\n\n{_body(report, base_model)}"
 
 
+def reconstruction_card(report: Mapping[str, Any], base_model: str) -> str:
+    """The card of an adapter that came out of a basis. report: its certificate."""
+    fields = {
+        "base_model": base_model,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["lora", "braid", "reconstruction"],
+    }
+    tasks = "\n".join(f"| {_cell(task)} | {weight:g} |" for task, weight in report["weights"].items())
+    return f"""---
+{yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)}---
+
+# LoRA adapter from a reversible basis
+
+For `{base_model}`, out of the basis `{report["basis"]}`.
+
+| task | weight |
+|---|---|
+{tasks}
+
+Lost by the basis: {report["relative_error"]:.4g} of the norm.
+Lost by rounding to the stored type: {report["rounding_error"]:.2g}.
+"""
+
+
 def _metadata(report: Mapping[str, Any], base_model: str) -> str:
     licences = sorted({item["licence"] for item in report["inputs"] if item["licence"]})
     fields: dict[str, Any] = {

@@ -20,7 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 store_app = typer.Typer(name="store", help="Look after the store.", no_args_is_help=True)
+rmm_app = typer.Typer(name="rmm", help="Look at reversible bases.", no_args_is_help=True)
 app.add_typer(store_app)
+app.add_typer(rmm_app)
 
 out = Console()
 err = Console(stderr=True)
@@ -100,6 +102,8 @@ def merge(
     `braid merge hub:org/math-lora@main hub:org/code-lora@main --url http://127.0.0.1:8000`
 
     `braid merge -f recipe.yaml --rank energy:0.99`
+
+    `braid merge ./math ./code ./law --method rmm -p budget=0.25 -o basis` makes a basis; see `braid reconstruct`.
     """
     from app import commands
 
@@ -108,10 +112,59 @@ def merge(
         request = commands.build_request(recipe, sources or [], weight or [], parameter or [], rank, flags, post=post or [])
         if url is None:
             settings = _settings(data_dir=data_dir)
-            report = commands.merge_here(settings, request, output, out, token=hub_token)
+            merged = commands.merge_here(settings, request, output, out, token=hub_token)
         else:
-            report = commands.merge_there(url, request, output, out, token=hub_token)
-        commands.show(report, output, out)
+            merged = commands.merge_there(url, request, output, out, token=hub_token)
+        commands.show(merged, output, out)
+
+
+@app.command()
+def reconstruct(
+    basis: Annotated[str, typer.Argument(help="sha256:… of a basis, or name:ns/name where it has one.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="One task, or several as task=weight for a mix.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter.")] = Path("reconstructed"),
+    rank: Annotated[str | None, typer.Option("--rank", "-r", help="Of a mix: 32 or energy:0.99 [default: exact].")] = None,
+    url: Url = None,
+    data_dir: DataDir = None,
+    hub_token: HubToken = None,
+) -> None:
+    """Get one task of a basis back as an adapter, or mix several.
+
+    Examples:
+
+    `braid reconstruct sha256:… math -o math`
+
+    `braid reconstruct sha256:… math=0.7 code=0.3 --rank 16 -o both --url http://127.0.0.1:8000`
+    """
+    from app import basis_commands
+
+    with _problems_told():
+        weights = basis_commands.weights_of(tasks)
+        if url is None:
+            settings = _settings(data_dir=data_dir)
+            lost = basis_commands.reconstruct_here(settings, basis, weights, rank, output, token=hub_token)
+        else:
+            lost = basis_commands.reconstruct_there(url, basis, weights, rank, output, token=hub_token)
+        basis_commands.tell(lost, output, out)
+
+
+@rmm_app.command()
+def show(
+    basis: Annotated[str, typer.Argument(help="sha256:… of a basis, or name:ns/name where it has one.")],
+    url: Url = None,
+    data_dir: DataDir = None,
+) -> None:
+    """A table of the basis's tasks, their errors and bytes.
+
+    Example: `braid rmm show sha256:…`
+    """
+    from app import basis_commands
+
+    with _problems_told():
+        if url is None:
+            basis_commands.show_here(_settings(data_dir=data_dir), basis, out)
+        else:
+            basis_commands.show_there(url, basis, out)
 
 
 @app.command(name="import")

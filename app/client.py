@@ -53,6 +53,12 @@ class Client:
     def merge(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/merge", json=dict(request))
 
+    def reconstruct(self, basis: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        return self._json("POST", f"/rmm/{basis}/reconstruct", json=dict(asked))
+
+    def basis_report(self, basis: str) -> dict[str, Any]:
+        return self._json("GET", f"/rmm/{basis}/report.json")
+
     def job(self, job: str) -> dict[str, Any]:
         return self._json("GET", f"/jobs/{job}")
 

@@ -1,8 +1,10 @@
 """What the commands of the command line do, in this process or on a server."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from app import ingest
-from app.adapters import read_manifest, read_shard
+from app.adapters import describe_shard
 from app.client import Client, Refused
-from app.console import certificate_table, how_to_load, progress_bar
+from app.console import basis_table, certificate_table, how_to_load, progress_bar
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
@@ -21,19 +23,27 @@ from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField
 from app.resolve import resolve
-from app.schemas import MergeRequest
+from app.schemas import TASK_NAME, MergeRequest
 from app.services import Services
 from app.settings import Settings
 from app.views import certificate
 from storage.digest import Digest
 from storage.errors import BadSource
 from storage.gc import collect
-from storage.manifest import parts_of
+from storage.manifest import named_parts, parts_of
 from storage.sources.hub import HubRef
 from storage.verify import verify
 
 _CHUNK_BYTES = 1024 * 1024
 _PAGE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """id: of the adapter or basis.  report: its certificate."""
+
+    id: str
+    report: Mapping[str, Any]
 
 
 def build_request(
@@ -54,7 +64,7 @@ def build_request(
     if not request.get("adapters"):
         raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
     if rank is not None:
-        request["rank"] = _rank(rank)
+        request["rank"] = parse_rank(rank)
     if post:
         request["post"] = [_post_step(text) for text in post]
     parse_request(request)  # what comes from the file is known to have its shape from here on
@@ -68,34 +78,31 @@ def build_request(
     return request
 
 
-def merge_here(
-    settings: Settings, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None
-) -> dict[str, Any]:
-    """Merge in this process and save the result; the certificate."""
+def merge_here(settings: Settings, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:
+    """Merge in this process and save the result."""
     services = Services.open(settings)
-    stored = [{**item, "source": _here(services, item["source"])} for item in request["adapters"]]
+    stored = [{**item, "source": _here(services, item["source"])} for item in _with_names(request["adapters"])]
     recipe = resolve(parse_request({**request, "adapters": stored}), services, token=token)
     if recipe_name := request.get("name"):
         services.index.request_name(recipe_name, recipe.digest)
     known = services.index.result(recipe.digest)
     if known is not None and ingest.complete(services, known.target):
-        adapter = known.target
+        artefact = known.target
     else:
         executor = DirectExecutor(workbench(services, available(settings.devices)[0], threads_for(settings, 1)))
         with progress_bar(console) as report:
-            adapter = run_all(Run(services, recipe, executor, report, stop=lambda: False))
-    _save(services, adapter, output)
-    return certificate(services, adapter) or {}
+            artefact = run_all(Run(services, recipe, executor, report, stop=lambda: False))
+    save(services, artefact, output)
+    return Merged(str(artefact), certificate(services, artefact) or {})
 
 
-def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> dict[str, Any]:
-    """Merge on a server, follow the job, download the result; the certificate. Raises Refused if the job fails."""
+def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:
+    """Merge on a server, follow the job, download the result. Raises Refused if the job fails."""
     with Client.connect(url, token=token) as client:
-        stored = [{**item, "source": _there(client, item["source"])} for item in request["adapters"]]
+        stored = [{**item, "source": _there(client, item["source"])} for item in _with_names(request["adapters"])]
         job = follow(client, client.merge({**request, "adapters": stored}), console)
         save_result(client, job, output)
-    found: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return found
+    return Merged(job["result"]["id"], json.loads((output / "report.json").read_text()))
 
 
 def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, Any]:
@@ -112,13 +119,23 @@ def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, A
 def save_result(client: Client, job: Mapping[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for part, link in job["result"]["links"].items():
-        if part != "self":
+        if "." in part:  # a file, not an action
             client.download(link, output / Path(part).name)
 
 
-def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
-    """The certificate as a table, and how to load what was saved."""
-    console.print(certificate_table(report))
+def show(merged: Merged, output: Path, console: Console) -> None:
+    """The certificate as a table, and how to go on with what was saved."""
+    if merged.report.get("kind") == "basis":
+        console.print(basis_table(merged.report))
+        console.print(f"\nSaved in [bold]{output}[/bold]. Get one task back with:\n")
+        command = f"braid reconstruct {merged.id} {merged.report['tasks'][0]['name']} -o {merged.report['tasks'][0]['name']}"
+        console.print(command, markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(certificate_table(merged.report))
+    tell_how_to_load(output, console)
+
+
+def tell_how_to_load(output: Path, console: Console) -> None:
     config = json.loads((output / "adapter_config.json").read_text())
     console.print(f"\nSaved in [bold]{output}[/bold]. Load it with:\n")
     console.print(how_to_load(output, config["base_model_name_or_path"]), markup=False, highlight=False, soft_wrap=True)
@@ -181,16 +198,28 @@ def _live(services: Services) -> Iterator[Digest]:
     for shard in services.jobs.live_shards():
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:
-            yield read_shard(services.blobs, shard).tensors.digest
+            yield describe_shard(services.blobs, shard)[0].digest
 
 
 def _in_use(services: Services) -> Iterator[Digest]:
-    """Inputs of jobs under way: they may have been forgotten since, but the job was promised them."""
+    """Inputs of jobs under way, and bases they extend: they may have been forgotten since, but the job was promised them."""
     after = None
     while page := services.jobs.page(limit=_PAGE, after=after, states=("queued", "running")):
-        sources = (str(item["source"]) for job in page for item in job.recipe["adapters"])
+        sources = [str(item["source"]) for job in page for item in job.recipe["adapters"]]
+        sources += [str(job.recipe["extends"]) for job in page if "extends" in job.recipe]
         yield from (Digest.parse(source) for source in sources if source.startswith("sha256:"))
         after = (page[-1].created_at, str(page[-1].id))
+
+
+def _with_names(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """An adapter from a directory is called as its directory, where that is a name and nobody else's."""
+    found = [Path(item["source"]).resolve().name if Path(item["source"]).is_dir() else None for item in items]
+    usable = [name if name and re.fullmatch(TASK_NAME, name) and found.count(name) == 1 else None for name in found]
+    taken = {item.get("name") for item in items}
+    return [
+        {**item, "name": name} if name and name not in taken and not item.get("name") else dict(item)
+        for item, name in zip(items, usable, strict=True)
+    ]
 
 
 def _here(services: Services, source: str) -> str:
@@ -215,9 +244,12 @@ def _chunks(path: Path) -> Iterable[bytes]:
             yield chunk
 
 
-def _save(services: Services, adapter: Digest, output: Path) -> None:
+def save(services: Services, artefact: Digest, output: Path) -> None:
+    """The files of an adapter or a basis, in a directory."""
     output.mkdir(parents=True, exist_ok=True)
-    for name, part in read_manifest(services.blobs, adapter).parts.items():
+    with services.blobs.open(artefact) as stream:
+        parts = named_parts(stream.read())
+    for name, part in parts.items():
         shutil.copyfile(services.blobs.path(part.digest), output / name)
 
 
@@ -244,7 +276,8 @@ def _post_step(text: str) -> dict[str, Any]:
     return {"name": name, "parameters": dict(_parameter(part) for part in given.split(",") if part)}
 
 
-def _rank(text: str) -> int | dict[str, float]:
+def parse_rank(text: str) -> int | dict[str, float]:
+    """`32`, `energy:0.99` or `energy:0.99:64`, as in a request. Raises InvalidField."""
     kind, *numbers = text.split(":")
     try:
         if kind == "energy":

@@ -1,5 +1,6 @@
 """What people see in a terminal: progress, the certificate as a table, and how to go on."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ _STAGES = {
     "fetch": "fetching adapters",
     "survey": "surveying modules",
     "merge": "merging modules",
-    "assemble": "writing the adapter",
+    "assemble": "writing the result",
 }
 
 
@@ -51,6 +52,31 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
     table.add_section()
     table.add_row(f"all {totals['modules']} modules", str(totals["rank"]), *_losses(totals), style="bold")
     return table
+
+
+def basis_table(report: Mapping[str, Any]) -> Table:
+    """The tasks of a basis and what each lost. report: the certificate of the basis."""
+    totals = report["totals"]
+    shares = f"{totals['size_bytes']:,} bytes for {totals['input_bytes']:,} as bf16 ({totals['fraction']:.1%})"
+    table = Table(title="Basis: what each task lost", caption=shares + f"; {_codecs(report)}; error: relative, measured")
+    table.add_column("task", overflow="fold", min_width=16)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("bytes as bf16", justify="right", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    for task in report["tasks"]:
+        table.add_row(task["name"], _error(task["relative_error"]), f"{task['input_bytes']:,}", task["input"])
+    table.add_section()
+    table.add_row("mean", _error(totals["mean_error"]), f"{totals['input_bytes']:,}", "", style="bold")
+    return table
+
+
+def _codecs(report: Mapping[str, Any]) -> str:
+    counted = Counter(module["codec"] for module in report["modules"])
+    return ", ".join(f"{codec} in {count} modules" for codec, count in counted.items()) or "lossless"
+
+
+def _error(error: float) -> str:
+    return "none" if error == 0.0 else f"{error:.2%}"
 
 
 def how_to_load(directory: Path, base_model: str) -> str:

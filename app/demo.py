@@ -49,7 +49,7 @@ def run_demo(
         )
         ended = commands.follow(client, job, console)
         commands.save_result(client, ended, output)
-    commands.show(ended["certificate"], output, console)
+    commands.show(commands.Merged(ended["result"]["id"], ended["certificate"]), output, console)
     _try_loading(output, console)
     console.print(f"\nDone in {time.monotonic() - started:.1f} s.")
 

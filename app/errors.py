@@ -2,6 +2,8 @@
 
 RequestError
 ├── UnknownAdapter        no adapter of that id or name is in the store
+├── UnknownBasis          no basis of that id
+├── UnknownTask           the basis has no task of that name
 ├── UnknownJob            no job of that id
 ├── UnknownPart           the adapter has no file of that name
 ├── InvalidField          a field, flag or setting has a value that cannot be used
@@ -33,6 +35,23 @@ class UnknownAdapter(RequestError):
 
     def __str__(self) -> str:
         return f"no adapter {self.source[:200]!r} is in the store"
+
+
+@dataclass(eq=False)
+class UnknownBasis(RequestError):
+    basis: str
+
+    def __str__(self) -> str:
+        return f"no basis {self.basis[:200]!r} is in the store"
+
+
+@dataclass(eq=False)
+class UnknownTask(RequestError):
+    task: str
+    tasks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"the basis has no task {self.task[:100]!r}; it has {', '.join(self.tasks)}"
 
 
 @dataclass(eq=False)
@@ -104,6 +123,8 @@ class WorkerBusy(RequestError):
 
 STATUS: Mapping[type[Exception], int] = {
     UnknownAdapter: 404,
+    UnknownBasis: 404,
+    UnknownTask: 404,
     UnknownJob: 404,
     UnknownPart: 404,
     InvalidField: 422,

@@ -1,8 +1,10 @@
 """Adapters in: from the Hub or an upload to a checked, recorded manifest; and who may have what came from a private place."""
 
+import json
 from collections.abc import Iterable
 
 from app.adapters import check
+from app.bases import read_basis
 from app.services import Services
 from merge_algos.formats.peft import AdapterSpec
 from storage.digest import Descriptor, Digest
@@ -86,7 +88,16 @@ def describe_merged(services: Services, manifest: AdapterManifest, digest: Diges
     return _row(manifest, digest, spec, restrictions(services, manifest.inputs))
 
 
-def describe_basis(services: Services, manifest: BasisManifest, digest: Digest, modules: int) -> BasisRecord:
+def describe_basis(
+    services: Services, manifest: BasisManifest, digest: Digest, modules: int, extends: Digest | None
+) -> BasisRecord:
+    """The index row of a basis: as restricted as its inputs, and as what it extends, whose inputs may be gone.
+
+    Raises BlobNotFound, as `restrictions`.
+    """
+    earlier = restrictions(services, [extends]) if extends else ()
+    known = read_basis(services.blobs, extends).inputs if extends else ()
+    own = restrictions(services, manifest.inputs[len(known) :])
     return BasisRecord(
         id=digest,
         base_model=manifest.base_model,
@@ -94,15 +105,29 @@ def describe_basis(services: Services, manifest: BasisManifest, digest: Digest, 
         modules=modules,
         size_bytes=manifest.tensors.size_bytes,
         recipe=manifest.recipe,
-        restricted=restrictions(services, manifest.inputs),
+        restricted=tuple(dict.fromkeys((*earlier, *own))),
         created_at=now(),
     )
 
 
 def restrictions(services: Services, inputs: Iterable[Digest]) -> tuple[str, ...]:
-    """All that any of these adapters is restricted by."""
-    records = [services.index.get(parent) for parent in inputs]
-    return tuple(dict.fromkeys(source for record in records if record for source in record.restricted))
+    """All that any of these adapters and bases is restricted by. Raises BlobNotFound where nobody knows any more.
+
+    One that was forgotten while a job uses it counts as private wherever it came from the Hub: its record, which knew better,
+    is gone, and its manifest names the source.
+    """
+    return tuple(dict.fromkeys(source for parent in inputs for source in _restrictions(services, parent)))
+
+
+def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
+    record = services.index.get(parent) or services.index.get_basis(parent)
+    if record is not None:
+        return record.restricted
+    with services.blobs.open(parent) as stream:
+        manifest = json.load(stream)
+    if manifest.get("source", {}).get("kind") == "hub":
+        return (str(manifest["source"]["reference"]),)
+    return restrictions(services, [Digest.parse(text) for text in manifest["inputs"]])
 
 
 def _record(

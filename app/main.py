@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from threading import BoundedSemaphore
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,13 +17,14 @@ from app.engine.queue import JobQueue
 from app.errors import STATUS, make_problem, problem
 from app.limits import BodyLimit
 from app.metrics import JobMetrics, RequestMetrics
-from app.routes import adapters, health, jobs, merge, methods
+from app.routes import adapters, health, jobs, merge, methods, rmm
 from app.schemas import problems
 from app.services import Services
 from app.settings import Settings
 
 log = logging.getLogger(__name__)
 
+_RECONSTRUCTIONS = 2  # at once
 _KINDS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 416: "range-not-satisfiable"}
 
 
@@ -42,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = Services.open(settings)
         app.state.queue = JobQueue.open(app.state.services)
+        app.state.slots = BoundedSemaphore(_RECONSTRUCTIONS)
         app.state.metrics.register(JobMetrics(app.state.services))
         yield
         app.state.queue.close()
@@ -54,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=problems(400, 404, 413, 422),
     )
     app.state.metrics = CollectorRegistry()
-    for module in (merge, jobs, adapters, methods, health):
+    for module in (merge, jobs, adapters, rmm, methods, health):
         app.include_router(module.router)
     app.add_middleware(BodyLimit, upload_bytes=settings.max_upload_bytes)
     app.add_middleware(RequestMetrics, registry=app.state.metrics)

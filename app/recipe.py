@@ -41,7 +41,10 @@ class RecipeStep:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe."""
+    """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe.
+
+    extends: the basis that these adapters are added to.
+    """
 
     method: str
     method_version: int
@@ -53,10 +56,12 @@ class Recipe:
     allow_base_mismatch: bool
     adapters: tuple[RecipeInput, ...]
     post: tuple[RecipeStep, ...] = ()
+    extends: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         steps = [asdict(step) for step in self.post]
-        return {"schema": 1, **asdict(self), "adapters": [_input_json(item) for item in self.adapters], "post": steps}
+        own = asdict(self) if self.extends else {k: v for k, v in asdict(self).items() if k != "extends"}
+        return {"schema": 1, **own, "adapters": [_input_json(item) for item in self.adapters], "post": steps}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

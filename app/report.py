@@ -1,14 +1,14 @@
 """The certificate of a merge: what was lost, module by module, and in all."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from app.recipe import Recipe
-from merge_algos import methods
+from merge_algos import catalogue, methods
 from merge_algos.merge import ModuleReport
-from storage.digest import Digest
+from storage.digest import Descriptor, Digest
 from storage.manifest import AdapterManifest
 
 _NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves of a sum that cancels
@@ -27,6 +27,38 @@ def certificate(
         "totals": _totals(modules, rank),
         "worst_module": _worst(modules),
         "modules": [asdict(module) for module in modules],
+    }
+
+
+def basis_certificate(recipe: Recipe, groups: Sequence[Mapping[str, Any]], tensors: Descriptor) -> dict[str, Any]:
+    """`report.json` of a basis. Errors are relative, of whole adapters and of modules; bytes are of factors and codes alone,
+    inputs as bf16; the file's own are `file_bytes`."""
+    tasks = [task for group in groups for task in group["tasks"]]
+    modules = [(name, module) for group in groups for name, module in group["modules"].items()]
+    input_bytes = sum(task["input_bytes"] for task in tasks)
+    size_bytes = sum(module["size_bytes"] for _, module in modules) or tensors.size_bytes
+    errors = [task["relative_error"] for task in tasks]
+    return {
+        "schema": 1,
+        "kind": "basis",
+        "recipe": recipe.to_json(),
+        "recipe_digest": str(recipe.digest),
+        "paper": catalogue.find(recipe.method).paper,
+        "totals": {
+            "tasks": len(tasks),
+            "modules": len({name for name, _ in modules}),
+            "input_bytes": input_bytes,
+            "size_bytes": size_bytes,
+            "file_bytes": tensors.size_bytes,
+            "fraction": size_bytes / input_bytes if input_bytes else 0.0,
+            "mean_error": sum(errors) / len(errors),
+            "max_error": max(errors),
+        },
+        "tasks": [{key: task[key] for key in ("name", "input", "licence", "input_bytes", "relative_error")} for task in tasks],
+        "modules": [
+            {"module": name, **{key: module[key] for key in ("codec", "size_bytes", "input_bytes", "errors")}}
+            for name, module in modules
+        ],
     }
 
 

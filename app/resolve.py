@@ -1,29 +1,34 @@
 """From what a caller asks for to a recipe: names and branches pinned, defaults written out, the impossible refused early."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from app import ingest
+from app.bases import OpenBasis
 from app.engine.workflow import plan_for
 from app.errors import InvalidField, UnknownAdapter
 from app.recipe import Recipe, RecipeInput, RecipeStep
-from app.schemas import AdapterInput, MergeRequest, PostStepRequest
+from app.schemas import AdapterInput, ExtendRequest, MergeRequest, PostStepRequest
 from app.services import Services
-from merge_algos import methods, post
+from merge_algos import catalogue, post
 from merge_algos.errors import BadPattern, InvalidParams
 from merge_algos.merge import check_count, check_rule, default_weights, refuse_unknown
 from merge_algos.patterns import matching
-from merge_algos.protocol import MergeMethod, PostStep
+from merge_algos.protocol import Method, PostStep
 from merge_algos.rank import RankRule
 from storage.digest import Digest
 from storage.errors import BadSource
+from storage.index import BasisRecord
 from storage.manifest import canonical_json
 from storage.sources.hub import HubRef, HubSnapshot
 
-T = TypeVar("T", bound=MergeMethod | PostStep)
+T = TypeVar("T", bound=Method | PostStep)
+
+_NATURAL_CHARS = 90  # of a task's name at most, so that a number fits behind it
 
 
 def resolve(request: MergeRequest, services: Services, *, token: str | None) -> Recipe:
@@ -32,6 +37,8 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
     Raises the errors of methods, sources and Hub; and those of the plan, where all inputs are already in the store.
     """
     method = checked_method(request.method, request.parameters)
+    if method.produces == "basis":
+        _check_basis(request)
     check_count(method, len(request.adapters))
     rule = _rank(request)
     check_rule(method, rule)
@@ -56,6 +63,50 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
     return recipe
 
 
+def resolve_extension(basis: BasisRecord, request: ExtendRequest, services: Services, *, token: str | None) -> Recipe:
+    """The recipe of one adapter more in a basis, made like the basis's own unless other parameters are given.
+
+    Raises what `resolve` raises, and InvalidField for a name that the basis has already.
+    """
+    first = OpenBasis.open(services.blobs, basis.id).contents["groups"][0]
+    asked = MergeRequest(
+        method="rmm",
+        parameters={**_inherited(first["parameters"], request.parameters), **request.parameters},
+        adapters=[request.adapter],
+        dtype=request.dtype,
+        seed=request.seed,
+        profile=first["profile"],
+        allow_base_mismatch=request.allow_base_mismatch,
+    )
+    recipe = dataclasses.replace(resolve(asked, services, token=token), extends=str(basis.id))
+    (item,) = recipe.adapters
+    if item.name in basis.tasks:
+        raise InvalidField("adapter.name", f"the basis has a task {item.name!r} already")
+    _check_plan(recipe, services)
+    return recipe
+
+
+def _inherited(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A basis's parameters for one adapter more, which alone has one principal direction, or, around its mean, none.
+
+    A number of directions means nothing to another codec, and would silence a budget that is asked for.
+    """
+    p = None if {"codec", "budget"} & asked.keys() else parameters["p"]
+    center = asked.get("center", parameters["center"])
+    return {**parameters, "p": None if p is None else min(p, 0 if center else 1)}
+
+
+def _check_basis(request: MergeRequest) -> None:
+    """Refuse what has no meaning for a basis, whose adapters are neither weighed nor changed."""
+    for position, item in enumerate(request.adapters):
+        if item.weight is not None or item.weights_by_module:
+            raise InvalidField(
+                f"adapters.{position}.weight", "a basis keeps every adapter as it is; weigh them when reconstructing"
+            )
+    if request.post:
+        raise InvalidField("post", "a basis has no post-steps")
+
+
 def pin(source: str, services: Services, *, token: str | None, field: str) -> str:
     """The source as a recipe names it, which this caller may read. Raises BadSource, UnknownAdapter and the Hub's errors.
 
@@ -72,9 +123,9 @@ def pin(source: str, services: Services, *, token: str | None, field: str) -> st
     raise BadSource(source, f"{field} must begin with hub:, sha256: or name:")
 
 
-def checked_method(name: str, parameters: Mapping[str, Any]) -> MergeMethod:
+def checked_method(name: str, parameters: Mapping[str, Any]) -> Method:
     """The method with these parameters, their types checked against its fields. Raises UnknownMethod or InvalidParams."""
-    return _checked(methods.find(name), name, parameters, "parameters")
+    return _checked(catalogue.find(name), name, parameters, "parameters")
 
 
 def parameter_schema(chosen: type[T]) -> TypeAdapter[T]:
@@ -100,7 +151,7 @@ def _steps(asked: Sequence[PostStepRequest]) -> tuple[RecipeStep, ...]:
     return tuple(RecipeStep(step.name, step.version, _parameters(step)) for step in steps)
 
 
-def _parameters(method: MergeMethod | PostStep) -> dict[str, Any]:
+def _parameters(method: Method | PostStep) -> dict[str, Any]:
     return dataclasses.asdict(method)  # type: ignore[call-overload, no-any-return]
 
 
@@ -121,7 +172,7 @@ def _known(digest: Digest | None, source: str, services: Services, token: str | 
     return record.id
 
 
-def _weights(method: MergeMethod, adapters: Sequence[AdapterInput]) -> tuple[float, ...]:
+def _weights(method: Method, adapters: Sequence[AdapterInput]) -> tuple[float, ...]:
     given = [item.weight for item in adapters]
     if all(weight is None for weight in given):
         return default_weights(method, len(given))
@@ -156,9 +207,10 @@ def _names(adapters: Sequence[AdapterInput]) -> tuple[str, ...]:
 
 
 def _natural_name(source: str) -> str:
-    """`hub:org/math-lora@main` -> `math-lora`, `sha256:0123…` -> `0123456789ab`."""
+    """`hub:org/math-lora@main` -> `math-lora`, `sha256:0123…` -> `0123456789ab`. As callers may write a task's name."""
     kind, _, rest = source.partition(":")
-    return rest[:12] if kind == "sha256" else rest.partition("@")[0].rpartition("/")[2]
+    last = rest[:12] if kind == "sha256" else rest.partition("@")[0].rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:_NATURAL_CHARS] or "task"
 
 
 def _rank(request: MergeRequest) -> RankRule:

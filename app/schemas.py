@@ -11,7 +11,8 @@ from app.recipe import Dtype, Profile
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # a namespace and a name, as on the Hub; never a path component of ours
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+TaskName = Annotated[str, StringConstraints(pattern=TASK_NAME)]
 Pattern = Annotated[str, StringConstraints(max_length=512)]
 SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
 
@@ -72,6 +73,21 @@ class MergeRequest(Body):
     name: Name | None = Field(default=None, description="also make the result known as name:<this>")
 
 
+class ExtendRequest(Body):
+    adapter: AdapterInput
+    parameters: dict[str, Any] = Field(default={}, description="the method's own, where they differ from the basis's")
+    dtype: Dtype = Field(default="auto", description="of the adapter when it is reconstructed; auto is its own")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    allow_base_mismatch: bool = Field(default=False, description="add an adapter of another base model all the same")
+
+
+class ReconstructRequest(Body):
+    task: TaskName | None = Field(default=None, description="one task, as it was")
+    weights: dict[TaskName, Finite] | None = Field(default=None, max_length=64, description="or a mix: task -> weight")
+    rank: RankRequest | None = Field(default=None, description="of a mix: an integer, an energy, or null: exact")
+    name: Name | None = Field(default=None, description="also make it known as name:<this>")
+
+
 class ImportRequest(Body):
     source: str = Field(max_length=1000, description="hub:org/name[/subfolder][@revision]", examples=["hub:org/math-lora@main"])
     name: Name | None = Field(default=None, description="also make it known as name:<this>")
@@ -127,6 +143,42 @@ class JobList(BaseModel):
     next: str | None
 
 
+class TaskView(BaseModel):
+    name: str
+    input: str
+    relative_error: float = Field(description="measured: ||reconstructed - adapter|| / ||adapter||")
+    links: dict[str, str]
+
+
+class BasisView(BaseModel):
+    id: str
+    name: str | None
+    base_model: str
+    modules: int
+    codecs: dict[str, int] = Field(description="codec -> number of modules")
+    input_bytes: int = Field(description="the adapters' factors as bf16")
+    size_bytes: int = Field(description="what is kept of them")
+    file_bytes: int
+    recipe: str
+    extends: str | None
+    tasks: list[TaskView]
+    links: dict[str, str]
+    created_at: datetime
+
+
+class BasisList(BaseModel):
+    data: list[BasisView]
+    next: str | None
+
+
+class Reconstruction(BaseModel):
+    adapter: "AdapterView"
+    task: str | None
+    weights: dict[str, float]
+    relative_error: float = Field(description="measured for one task; for a mix a bound: the sum of the parts' errors")
+    rounding_error: float
+
+
 class AdapterView(BaseModel):
     id: str
     name: str | None
@@ -154,6 +206,7 @@ class MethodView(BaseModel):
     version: int
     needs: Literal["nothing", "base", "data"]
     memory: Literal["factors", "dense"]
+    produces: Literal["adapter", "basis"]
     min_adapters: int
     max_adapters: int | None
     default_weight: float | None = Field(description="of every adapter where none is given; null is 1/n")

@@ -1,21 +1,38 @@
 """From records to what callers see. Links are paths, so they hold behind any proxy."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from app.adapters import read_manifest
-from app.schemas import AdapterView, JobView, MethodView, PostStepView, Problem, Progress, ResultView, utc
+from app.bases import read_basis
+from app.reconstruct import Rebuilt
+from app.schemas import (
+    AdapterView,
+    BasisView,
+    JobView,
+    MethodView,
+    PostStepView,
+    Problem,
+    Progress,
+    Reconstruction,
+    ResultView,
+    TaskView,
+    utc,
+)
 from app.services import Services
-from merge_algos import methods, post
+from merge_algos import catalogue, post
 from storage.digest import Digest
-from storage.index import AdapterRecord
+from storage.index import AdapterRecord, BasisRecord, Result
 from storage.jobs import Job
+from storage.manifest import named_parts
 
 
 def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
     """detail: with the whole certificate, for one job; lists and events go without."""
     result = services.index.result(job.id) if job.state == "succeeded" else None
-    shown = ResultView(kind=result.kind, id=str(result.target), links=adapter_links(services, result.target)) if result else None
+    shown = ResultView(kind=result.kind, id=str(result.target), links=_links(services, result)) if result else None
     return JobView(
         id=str(job.id),
         state=job.state,
@@ -31,11 +48,12 @@ def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
     )
 
 
-def certificate(services: Services, adapter: Digest) -> dict[str, Any] | None:
-    """The report of a merged adapter; None for one that was imported, or whose blobs were deleted."""
-    if services.blobs.stat(adapter) is None:
+def certificate(services: Services, artefact: Digest) -> dict[str, Any] | None:
+    """The report of a merged adapter or a basis; None for one that was imported, or whose blobs were deleted."""
+    if services.blobs.stat(artefact) is None:
         return None
-    report = read_manifest(services.blobs, adapter).report
+    with services.blobs.open(artefact) as stream:
+        report = named_parts(stream.read()).get("report.json")
     if report is None or services.blobs.stat(report.digest) is None:
         return None
     with services.blobs.open(report.digest) as stream:
@@ -46,7 +64,7 @@ def certificate(services: Services, adapter: Digest) -> dict[str, Any] | None:
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:
     """An adapter with the first of its names. What a private one is called is no secret here, its files are."""
     names = services.index.names_of(record.id)
-    merged = record.source.kind == "merge"
+    merged = record.source.kind in ("merge", "basis")
     return AdapterView(
         id=str(record.id),
         name=names[0] if names else None,
@@ -71,9 +89,60 @@ def adapter_links(services: Services, adapter: Digest) -> dict[str, str]:
     return own | {name: f"/adapters/{adapter}/{name}" for name in parts}
 
 
+def basis_view(services: Services, record: BasisRecord) -> BasisView:
+    """A basis that is whole, with the first of its names. As of an adapter: its files are private, not what it is."""
+    names = services.index.names_of(record.id)
+    report = certificate(services, record.id) or {}
+    totals = report["totals"]
+    return BasisView(
+        id=str(record.id),
+        name=names[0] if names else None,
+        base_model=record.base_model,
+        modules=record.modules,
+        codecs=dict(Counter(module["codec"] for module in report["modules"])) or {"lossless": record.modules},
+        input_bytes=totals["input_bytes"],
+        size_bytes=totals["size_bytes"],
+        file_bytes=totals["file_bytes"],
+        recipe=record.recipe,
+        extends=report["recipe"].get("extends"),
+        tasks=[_task_view(record, task) for task in report["tasks"]],
+        links=basis_links(services, record.id),
+        created_at=utc(record.created_at),
+    )
+
+
+def _task_view(record: BasisRecord, task: Mapping[str, Any]) -> TaskView:
+    parts = ("adapter_model.safetensors", "adapter_config.json")
+    links = {part: f"/rmm/{record.id}/tasks/{task['name']}/{part}" for part in parts}
+    return TaskView(name=task["name"], input=task["input"], relative_error=task["relative_error"], links=links)
+
+
+def basis_links(services: Services, basis: Digest) -> dict[str, str]:
+    own = {"self": f"/rmm/{basis}", "reconstruct": f"/rmm/{basis}/reconstruct", "extend": f"/rmm/{basis}/extend"}
+    if services.blobs.stat(basis) is None:
+        return own
+    return own | {name: f"/rmm/{basis}/{name}" for name in read_basis(services.blobs, basis).parts}
+
+
+def reconstruction_view(services: Services, rebuilt: Rebuilt, weights: Mapping[str, float]) -> Reconstruction:
+    """The adapter, and what was lost of it."""
+    alone = list(weights.values()) == [1.0]
+    return Reconstruction(
+        adapter=adapter_view(services, rebuilt.record),
+        task=next(iter(weights)) if alone else None,
+        weights=dict(weights),
+        relative_error=rebuilt.report["relative_error"],
+        rounding_error=rebuilt.report["rounding_error"],
+    )
+
+
+def _links(services: Services, result: Result) -> dict[str, str]:
+    return (adapter_links if result.kind == "adapter" else basis_links)(services, result.target)
+
+
 def method_view(name: str, parameters: dict[str, Any]) -> MethodView:
     """parameters: the JSON Schema of the method's fields."""
-    method = methods.find(name)
+    method = catalogue.find(name)
     return MethodView(
         name=method.name,
         summary=(method.__doc__ or "").strip().partition("\n")[0],
@@ -81,6 +150,7 @@ def method_view(name: str, parameters: dict[str, Any]) -> MethodView:
         version=method.version,
         needs=method.needs,
         memory=method.memory,
+        produces=method.produces,
         min_adapters=method.min_adapters,
         max_adapters=method.max_adapters,
         default_weight=method.default_weight,

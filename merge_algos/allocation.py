@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from merge_algos.survey import Candidate, Options, Survey, even_bytes
 
 Choice = dict[str, Candidate]
-Costs = Mapping[str, Sequence[tuple[int, float, Candidate]]]  # module -> (bytes, loss, candidate) by rising bytes
+Cost = tuple[int, float, Candidate]  # bytes, loss
+Costs = Mapping[str, Sequence[Cost]]  # module -> by rising bytes
 
 
 def allocate(surveys: Mapping[str, Survey], options: Options) -> Choice:
@@ -15,6 +16,12 @@ def allocate(surveys: Mapping[str, Survey], options: Options) -> Choice:
     What is made small is the sum over tasks of the adapter's squared error over its squared norm. Compared are: the
     steepest steps on the convex hulls of all candidates, the same of each codec alone, and each codec spread evenly; so the
     choice is never worse than a single codec, evenly spread or not.
+
+    That holds although a survey leaves out the even share R of a codec that it knows to be beaten. Such a codec has nothing but
+    R and nothing at all for a module. All its R together fit the budget, so alone, however spread, it takes in each module R
+    or, where that is better, nothing. In place of a missing R its plans get D, the best candidate of at most the even share:
+    its loss is at most that of the candidate that beat R, and all D together fit too. So each plan with D is, module by
+    module, no worse than the one it replaces, and it is among those compared.
     """
     if options.p is not None:
         return {module: survey.candidates[-1] for module, survey in surveys.items()}
@@ -27,9 +34,10 @@ def allocate(surveys: Mapping[str, Survey], options: Options) -> Choice:
 def _plans(surveys: Mapping[str, Survey], costs: Costs, options: Options, budget: int) -> Iterator[Choice]:
     yield _spread(costs, budget)
     for codec in options.codecs:
-        alone = {module: [cost for cost in rows if cost[2].codec == codec] for module, rows in costs.items()}
+        shares = {module: even_bytes(options, survey.input_bytes) for module, survey in surveys.items()}
+        alone = {module: _alone(costs[module], codec, share) for module, share in shares.items()}
         yield _spread(alone, budget)
-        yield {module: _even(alone[module], even_bytes(options, survey.input_bytes)) for module, survey in surveys.items()}
+        yield {module: _even(alone[module], share) for module, share in shares.items()}
 
 
 def _task_weights(surveys: Mapping[str, Survey]) -> list[float]:
@@ -51,9 +59,18 @@ def _costs(surveys: Mapping[str, Survey], weights: Sequence[float], names: Seque
     }
 
 
-def _even(rows: Sequence[tuple[int, float, Candidate]], budget_bytes: int) -> Candidate:
-    """What the codec made of this module's even share."""
-    return next(candidate for _, _, candidate in rows if candidate.budget_bytes == budget_bytes)
+def _alone(rows: Sequence[Cost], codec: str, share: int) -> list[Cost]:
+    """What there is of one codec; where its even share was left out, also the best of at most as many bytes."""
+    own = [row for row in rows if row[2].codec == codec]
+    if any(row[2].budget_bytes == share for row in own):
+        return own
+    return sorted([*own, min((row for row in rows if row[0] <= share), key=lambda row: row[1])], key=lambda row: row[:2])
+
+
+def _even(rows: Sequence[Cost], share: int) -> Candidate:
+    """What the codec made of this module's even share, or what beats it."""
+    own = (candidate for _, _, candidate in rows if candidate.budget_bytes == share)
+    return next(own, rows[-1][2])
 
 
 def _spread(costs: Costs, budget: int) -> Choice:
@@ -75,7 +92,7 @@ def _spread(costs: Costs, budget: int) -> Choice:
     return _fill(costs, {module: hull[place[module]] for module, hull in hulls.items()}, left)
 
 
-def _fill(costs: Costs, chosen: dict[str, tuple[int, float, Candidate]], left: int) -> Choice:
+def _fill(costs: Costs, chosen: dict[str, Cost], left: int) -> Choice:
     """Spend what is left on the upgrades that save most, also those off the hull."""
     while True:
         upgrades = [
@@ -91,14 +108,14 @@ def _fill(costs: Costs, chosen: dict[str, tuple[int, float, Candidate]], left: i
         chosen = {**chosen, module: row}
 
 
-def _slope(hull: Sequence[tuple[int, float, Candidate]], at: int) -> float:
+def _slope(hull: Sequence[Cost], at: int) -> float:
     (bytes_now, loss_now, _), (bytes_next, loss_next, _) = hull[at], hull[at + 1]
     return (loss_now - loss_next) / (bytes_next - bytes_now)
 
 
-def _hull(rows: Sequence[tuple[int, float, Candidate]]) -> list[tuple[int, float, Candidate]]:
+def _hull(rows: Sequence[Cost]) -> list[Cost]:
     """The lower convex hull of loss over bytes: strictly rising bytes, strictly falling loss and slope."""
-    hull: list[tuple[int, float, Candidate]] = []
+    hull: list[Cost] = []
     for row in rows:
         if hull and (row[1] >= hull[-1][1] or row[0] == hull[-1][0]):
             continue

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 from merge_algos import bases, methods
 from merge_algos.errors import UnknownMethod
+from merge_algos.merge import build_any
 from merge_algos.protocol import BasisMethod, MergeMethod
 
 
@@ -21,3 +23,8 @@ def find(name: str) -> type[MergeMethod] | type[BasisMethod]:
     if name not in registry():
         raise UnknownMethod(name, tuple(registry()))
     return registry()[name]
+
+
+def build(name: str, parameters: Mapping[str, Any]) -> MergeMethod | BasisMethod:
+    """The method with these parameters. Raises UnknownMethod, or InvalidParams naming the field."""
+    return build_any(find(name), parameters)

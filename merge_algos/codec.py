@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from merge_algos.errors import InvalidParams, NonFiniteTensor, ShapeMismatch, WrongCount
-from merge_algos.lowrank import LowRankDelta, concat
-from merge_algos.packing import Field, join, split
+from merge_algos.lowrank import LowRankDelta, canonical, concat
+from merge_algos.packing import Field, join
 
 Quantize = Literal["none", "int8", "int6", "int4", "auto"]
 QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
 MAX_ADAPTERS = 64
-_CANCELLED = 1e-6  # squared: below this a float64 Gram has lost too many digits
+_CANCELLED = 1e-8  # squared: below this a float64 Gram has lost too many digits
 _SAME = 1e-7  # relative distance of deltas that differ by rounding of float32 factors only
 
 Fields = Mapping[str, Tensor]
@@ -61,11 +61,13 @@ class Encoded:
 class Problem:
     """What a codec's `represent` is given: different deltas, none of them zero.
 
-    deltas: float64, as the adapters factor them.  importance: factor of each one's squared error, above 0.
+    deltas: float64, as the adapters factor them.  canonical: the same, balanced and free of the choice of factors.
+    importance: factor of each one's squared error, above 0.
     """
 
     shape: tuple[int, int]
     deltas: tuple[LowRankDelta, ...]
+    canonical: tuple[LowRankDelta, ...]
     importance: tuple[float, ...]
     budget_bytes: int
 
@@ -79,7 +81,15 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(field.data) for fields in (self.shared, *self.parts) for field in fields)
+        return sum(field.size_bytes for fields in (self.shared, *self.parts) for field in fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """A size that a representation may have, and errors (squared, one per delta) that it then has at least."""
+
+    size_bytes: int
+    errors: tuple[float, ...]
 
 
 class Codec(Protocol):
@@ -95,14 +105,33 @@ class Codec(Protocol):
     version: ClassVar[int] = 1
     grid: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0, 1.5)
 
-    def represent(self, problem: Problem) -> Packed:
+    @staticmethod
+    def prepare(problem: Problem) -> Any:
+        """What of the work does not depend on the budget; codecs with one and the same function share what it returns."""
+        return None
+
+    def represent(self, problem: Problem, prepared: Any) -> Packed:
         """At most `problem.budget_bytes`, deterministic. There is at least one delta."""
         ...
+
+    def stand_in(self, problem: Problem, prepared: Any) -> str | None:
+        """The codec that gives this very representation, where that is known without making it."""
+        return None
+
+    def floors(self, problem: Problem) -> Sequence[Floor]:
+        """One of these is met by whatever `represent` makes. Empty where nothing can be said; only of use where it is cheap."""
+        return ()
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
         """One task's delta from the matrices of its part and the shared ones."""
         ...
+
+    def decoded(self, shape: tuple[int, int], packed: Packed, part: int) -> LowRankDelta:
+        """One part as it will come back, float32; -1 for a zero delta."""
+        if part < 0:
+            return LowRankDelta.zero(*shape)
+        return self.restore(shape, values(packed.shared), values(packed.parts[part])).to(torch.float32)
 
     def fit(
         self, deltas: Sequence[LowRankDelta], budget_bytes: int, seed: int = 0, importance: Sequence[float] | None = None
@@ -113,7 +142,7 @@ class Codec(Protocol):
         Raises WrongCount outside 1 to 64 deltas, ShapeMismatch, NonFiniteTensor, and InvalidParams for an importance below 0.
         """
         part_of, problem = distinct(deltas, budget_bytes, importance)
-        packed = self.represent(problem) if problem.deltas else Packed((), ())
+        packed = self.represent(problem, self.prepare(problem)) if problem.deltas else Packed((), ())
         shared, layout = join(packed.shared)
         parts = [join(part) for part in packed.parts]
         return Encoded(
@@ -137,9 +166,9 @@ def distinct(
     shares = tuple(sum(g for g, part in zip(given, part_of, strict=True) if part == k) for k in range(len(first)))
     worth = [k for k, share in enumerate(shares) if share > 0]  # what no error of can matter is stored as zero
     place = {k: n for n, k in enumerate(worth)}
-    problem = Problem(
-        deltas[0].shape, tuple(wide[first[k]] for k in worth), tuple(shares[k] for k in worth), max(0, budget_bytes)
-    )
+    kept = tuple(wide[first[k]] for k in worth)
+    gauged = tuple(canonical(delta) for delta in kept)
+    problem = Problem(deltas[0].shape, kept, gauged, tuple(shares[k] for k in worth), max(0, budget_bytes))
     return tuple(place.get(part, -1) for part in part_of), problem
 
 
@@ -195,8 +224,7 @@ def best(problem: Problem, tried: Iterable[Packed], codec: type[Codec]) -> Packe
 
 def values(fields: Sequence[Field]) -> dict[str, Tensor]:
     """The matrices as decoding gives them."""
-    joined, layout = join(fields)
-    return split(layout, joined)
+    return {field.label: field.matrix for field in fields}
 
 
 def _importance(norms: Sequence[float], given: Sequence[float] | None) -> tuple[float, ...]:

@@ -64,6 +64,11 @@ def core_of(deltas: Sequence[LowRankDelta]) -> Core:
     return Core(U, V, tuple((U.coordinates(d.B.double()), V.coordinates(d.A.double().mT)) for d in deltas))
 
 
+def restoring(alpha: float | None, count: int) -> float:
+    """alpha, or `sqrt(count)`: at weights 1/n, n unrelated adapters sum to 1/sqrt(n) of the norm of one."""
+    return count**0.5 if alpha is None else alpha
+
+
 def polar(X: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns on the range of X: `X (X^T X)^-1/2`, pseudo-inverse where X is deficient."""
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)

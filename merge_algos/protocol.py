@@ -114,6 +114,9 @@ class BasisMethod(Method, Protocol):
         """Whether the adapters' own bytes are kept, so that there is nothing to survey or encode."""
         return False
 
+    def check_inputs(self, count: int, rank: int) -> None:
+        """Raises InvalidParams for parameters that so many adapters of at most this rank cannot have."""
+
     def encode(self, deltas: Sequence[LowRankDelta], context: ModuleContext) -> tuple[Encoded, tuple[float, ...]]:
         """One module of the basis, and of each task's delta the measured relative error."""
         ...

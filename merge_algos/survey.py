@@ -2,20 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 import torch
 
 from merge_algos import codecs
-from merge_algos.codec import Codec, Encoded, Fields, Quantize, check_deltas, check_quantize, measured
+from merge_algos.codec import Codec, Encoded, Fields, Floor, Problem, Quantize, check_deltas, check_quantize, distinct, measured
 from merge_algos.entries import check_choice, check_finite_number, check_flag, check_whole_number
 from merge_algos.errors import InvalidParams, NonFiniteResult
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.packing import split
 
 CodecChoice = Literal["auto", "hybrid", "rmm", "rmm_aligned", "truncate", "tucker2"]
+_ORDER = {"hybrid": 1, "rmm": 2, "rmm_aligned": 2}  # after those that may stand in for them or leave them no chance
+_SAFELY = 0.999  # a floor is exact but for rounding
 _PRINCIPAL = ("rmm", "rmm_aligned")
 
 
@@ -96,7 +98,8 @@ class Candidate:
 class Survey:
     """input_bytes: of the module's inputs as bf16.  norms: squared Frobenius norm per task.
 
-    candidates: storing nothing is among them for every codec, so that any budget can be met.
+    candidates: storing nothing is among them for every codec, so that any budget can be met. A codec's even share may be
+    missing, where others are smaller and better whatever it does.
     """
 
     shape: tuple[int, int]
@@ -126,10 +129,10 @@ def survey(
     seed: int,
     importance: Sequence[float] | None = None,
 ) -> Survey:
-    """Fit and measure every codec that the options allow at every budget of its grid.
+    """Fit and measure every codec that the options allow at every budget of its grid, but for those without a chance.
 
-    deltas: one per adapter, rank 0 where absent.  importance: factor of each task's squared error while fitting, ideally
-    1 / squared norm of the whole adapter; 1 / squared norm of its delta here unless given.
+    deltas: one per adapter, rank 0 where absent.  importance: factor of each task's squared error, in the fit and in the
+    allocation, which takes 1 / squared norm of the whole adapter; 1 / squared norm of its delta here unless given.
     Raises WrongCount, ShapeMismatch, NonFiniteTensor or NonFiniteResult naming the module, InvalidParams for a p too large.
     """
     check_deltas(deltas, module)
@@ -140,11 +143,8 @@ def survey(
         raise NonFiniteResult(module, "float32")
     input_bytes = sum(2 * delta.rank * sum(delta.shape) for delta in deltas)
     given = None if importance is None else tuple(importance)
-    candidates = []
-    for codec, parameters, budget_bytes in _plans(options, input_bytes):
-        asked = Candidate(codec, parameters, budget_bytes, 0, norms, given)
-        candidates.append(_measure(wide, asked, module, seed) if budget_bytes else asked)
-    return Survey(deltas[0].shape, input_bytes, norms, tuple(candidates))
+    asked = [Candidate(codec, parameters, size, 0, norms, given) for codec, parameters, size in _plans(options, input_bytes)]
+    return Survey(deltas[0].shape, input_bytes, norms, tuple(_measured(wide, asked, module)))
 
 
 def encode(deltas: Sequence[LowRankDelta], choice: Candidate, *, module: str, seed: int) -> tuple[Encoded, tuple[float, ...]]:
@@ -155,7 +155,7 @@ def encode(deltas: Sequence[LowRankDelta], choice: Candidate, *, module: str, se
     check_deltas(deltas, module)
     wide = [delta.to(torch.float64) for delta in deltas]
     encoded = choice.build().fit(wide, choice.budget_bytes, seed, choice.importance)
-    errors = _errors(wide, encoded, module)
+    errors = _errors(wide, decode_all(encoded), module)
     norms = [delta.norm() for delta in wide]
     return encoded, tuple(math.sqrt(error) / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True))
 
@@ -208,14 +208,55 @@ def _plans(options: Options, input_bytes: int) -> Iterator[tuple[str, dict[str, 
                 yield codec, parameters, budget_bytes
 
 
-def _measure(deltas: Sequence[LowRankDelta], asked: Candidate, module: str, seed: int) -> Candidate:
-    encoded = asked.build().fit(deltas, asked.budget_bytes, seed, asked.importance)
-    return dataclasses.replace(asked, size_bytes=encoded.size_bytes, errors=_errors(deltas, encoded, module))
+def _measured(deltas: Sequence[LowRankDelta], asked: Sequence[Candidate], module: str) -> list[Candidate]:
+    """All that are worth it, fitted and measured. What codecs need beforehand is prepared once, and no byte is packed.
+
+    A codec that names a stand-in makes the same bytes as that one, so what was measured of it at this budget is its own. Left
+    out is a share of a codec that has no other (its grid is 1) when candidates before it are smaller and better than every
+    form it can take: see `allocate` for why nothing is lost by that.
+    """
+    part_of, problem = distinct(deltas, 0, asked[0].importance)
+    prepared: dict[Callable[[Problem], Any], Any] = {}
+    found: dict[tuple[str, int], Candidate] = {}
+    for each in sorted(asked, key=lambda each: _ORDER.get(each.codec, 0)):
+        codec, room = each.build(), dataclasses.replace(problem, budget_bytes=each.budget_bytes)
+        if not (each.budget_bytes and problem.deltas):
+            found[each.codec, each.budget_bytes] = each
+            continue
+        if codec.prepare not in prepared:
+            prepared[codec.prepare] = codec.prepare(problem)
+        same = found.get((codec.stand_in(room, prepared[codec.prepare]) or "", each.budget_bytes))
+        if same is not None:
+            size_bytes, errors = same.size_bytes, same.errors
+        elif found and codec.grid == (1.0,) and _is_beaten(codec.floors(room), part_of, [*found.values()]):
+            continue
+        else:
+            packed = codec.represent(room, prepared[codec.prepare])
+            decoded = [codec.decoded(room.shape, packed, part) for part in part_of]
+            size_bytes, errors = packed.size_bytes, _errors(deltas, decoded, module)
+        found[each.codec, each.budget_bytes] = dataclasses.replace(each, size_bytes=size_bytes, errors=errors)
+    return [found[key] for key in ((each.codec, each.budget_bytes) for each in asked) if key in found]
 
 
-def _errors(deltas: Sequence[LowRankDelta], encoded: Encoded, module: str) -> tuple[float, ...]:
+def _is_beaten(floors: Sequence[Floor], part_of: Sequence[int], found: Sequence[Candidate]) -> bool:
+    """Whether each of the floors is above a candidate of no more bytes, by any weighting that the allocation may use."""
+    return bool(floors) and all(any(_is_below(each, floor, part_of) for each in found) for floor in floors)
+
+
+def _is_below(candidate: Candidate, floor: Floor, part_of: Sequence[int]) -> bool:
+    if candidate.size_bytes > floor.size_bytes:
+        return False
+    pairs = [(error, floor.errors[part]) for error, part in zip(candidate.errors, part_of, strict=True) if part >= 0]
+    if candidate.importance is None:
+        return all(error < _SAFELY * least for error, least in pairs)
+    weights = [w for w, part in zip(candidate.importance, part_of, strict=True) if part >= 0]
+    error, least = (math.fsum(w * e for w, e in zip(weights, side, strict=True)) for side in zip(*pairs, strict=True))
+    return error < _SAFELY * least
+
+
+def _errors(deltas: Sequence[LowRankDelta], decoded: Sequence[LowRankDelta], module: str) -> tuple[float, ...]:
     """Squared, per task."""
-    errors = tuple(measured(delta, decoded) for delta, decoded in zip(deltas, decode_all(encoded), strict=True))
+    errors = tuple(measured(delta, back) for delta, back in zip(deltas, decoded, strict=True))
     if not all(math.isfinite(error) for error in errors):
         raise NonFiniteResult(module, "float32")
     return errors

@@ -26,6 +26,7 @@ _SHORT = 256
 _SAMPLED_ROWS = 256
 _FINEST = 1e-15  # of the energy, per entry: below it steps are finer than what float32 factors hold
 _HALVINGS = 14
+_NEAR = 0.4  # octaves
 _SHAPING_BITS = 0.35  # a Rice-coded Gaussian takes 0.5 log2(variance / noise) and this
 _COARSER = 1.01
 _FILLED = 0.9995  # of the budget is aimed at, so that the first correction nearly always fits
@@ -55,11 +56,6 @@ class Columns:
         rows = whole[:: max(1, len(whole) // _SAMPLED_ROWS)].contiguous()
         return Sampled(Columns(rows if lift is None else rows @ self.X, self.weight), len(whole) / max(1, len(rows)))
 
-    def expected(self, rows: int | None = None) -> "Expected":
-        """rows: length of the columns, where X is written in an orthonormal basis."""
-        d = rows or len(self.X)
-        return Expected((self.X.square().sum(0) * self.weight / d).cpu().numpy(), d)
-
 
 class Sizes(Protocol):
     """What columns would take at a level."""
@@ -81,14 +77,40 @@ class Sampled(Sizes):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Expected(Sizes):
-    """Sizes as if columns were Gaussian, at next to no cost. variance: (k,), weighted.  rows: length of a column."""
+class Outlook:
+    """What some columns and some rank-1 terms would take and lose at a level, as if all were Gaussian.
 
-    variance: Array
-    rows: int
+    energy: the loss of storing nothing.  columns: (energies (k,), rows) of what is always kept.  terms: (energies, lengths of
+    both vectors) of what is kept where it is worth it; they hold `energy`, the columns do not.
+    """
 
-    def bits(self, level: float) -> Array:
-        return self.rows * (0.5 * np.log2(np.maximum(self.variance / level, 1)) + _SHAPING_BITS) + COLUMN_BITS
+    energy: float
+    columns: tuple[tuple[Array, int], ...]
+    terms: tuple[tuple[Array, tuple[int, int]], ...]
+
+    def size_bytes(self, level: float) -> int:
+        kept = self._kept(level)
+        if self.columns and not len(kept[0][0]):  # a basis with nothing in it
+            return 0
+        bits = sum(float(_expected_bits(energies / rows, rows, level).sum()) for energies, rows in self.columns)
+        bits += sum(float(_expected_bits(energies / d, d, level).sum()) for energies, rows in kept for d in rows)
+        return int(bits / 8)
+
+    def level(self, budget_bytes: int) -> float:
+        return find_level(self.size_bytes, budget_bytes, self.energy)
+
+    def loss(self, level: float) -> float:
+        """The energy that is not kept, and the noise of what is."""
+        kept = self._kept(level)
+        stored = sum(len(energies) * rows for energies, rows in self.columns) if len(kept[0][0]) else 0
+        stored += sum(len(energies) * sum(rows) for energies, rows in kept)
+        return self.energy + level * stored - sum(float(energies.sum()) for energies, _ in kept)
+
+    def promise(self, budget_bytes: int) -> float:
+        return self.loss(self.level(budget_bytes))
+
+    def _kept(self, level: float) -> list[tuple[Array, tuple[int, int]]]:
+        return [(energies[_worth(energies, rows, level)], rows) for energies, rows in self.terms]
 
 
 def worth_keeping(energy: Tensor, rows: tuple[int, int], level: float) -> Tensor:
@@ -97,17 +119,34 @@ def worth_keeping(energy: Tensor, rows: tuple[int, int], level: float) -> Tensor
     energy: (k,), each term's squared norm times its importance.  rows: lengths of the two vectors.
     The worth of a bit is the slope of the error at this level, `2 ln 2 level`.
     """
-    cost = torch.zeros_like(energy)
+    return torch.from_numpy(_worth(energy.cpu().numpy(), rows, level)).to(energy.device)
+
+
+def _worth(energy: Array, rows: tuple[int, int], level: float) -> Array:
+    cost = np.zeros_like(energy)
     for d in rows:
-        bits = 0.5 * (energy / (d * level)).log2().clamp(min=0) + _SHAPING_BITS
+        bits = 0.5 * np.log2(np.maximum(energy / (d * level), 1)) + _SHAPING_BITS
         cost += d * level * (1 + 2 * math.log(2) * bits)
-    return energy > cost
+    kept: Array = energy > cost
+    return kept
 
 
-def find_level(size_bytes: Callable[[float], int], budget_bytes: int, energy: float) -> float:
-    """The lowest level whose size is within the budget, to less than 0.01 bit an entry. energy: the loss of storing nothing."""
-    low, high = math.log2(_FINEST * energy), math.log2(4 * energy)
-    for _ in range(_HALVINGS):
+def _expected_bits(variance: Array, rows: int, level: float) -> Array:
+    bits: Array = rows * (0.5 * np.log2(np.maximum(variance / level, 1)) + _SHAPING_BITS) + COLUMN_BITS
+    return bits
+
+
+def find_level(size_bytes: Callable[[float], int], budget_bytes: int, energy: float, near: float | None = None) -> float:
+    """The lowest level whose size is within the budget, to less than 0.01 bit an entry.
+
+    energy: the loss of storing nothing.  near: where it should be; a look on both sides saves half of the search.
+    """
+    low, high, halvings = math.log2(_FINEST * energy), math.log2(4 * energy), _HALVINGS
+    if near is not None:
+        below, above = max(low, math.log2(near) - _NEAR), min(high, math.log2(near) + _NEAR)
+        if size_bytes(2**below) > budget_bytes >= size_bytes(2**above):
+            low, high, halvings = below, above, math.ceil(math.log2((above - below) * 2**_HALVINGS / (high - low)))
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (low, middle) if size_bytes(2**middle) <= budget_bytes else (middle, high)
     return float(2**high)

@@ -129,6 +129,11 @@ class BasisManifest:
         )
 
 
+def named_parts(manifest: bytes) -> dict[str, Descriptor]:
+    """File name -> blob, of a manifest of either kind."""
+    return {name: Descriptor.from_json(part) for name, part in json.loads(manifest)["parts"].items()}
+
+
 def parts_of(manifest: bytes) -> tuple[Descriptor, ...]:
     """The blobs of a manifest of either kind."""
-    return tuple(Descriptor.from_json(part) for part in json.loads(manifest)["parts"].values())
+    return tuple(named_parts(manifest).values())

@@ -18,7 +18,9 @@ from pydantic import TypeAdapter
 
 from app import logs
 from app.adapters import OpenAdapter
-from app.engine.task import Task, Workbench, run_task
+from app.engine.bench import Workbench
+from app.engine.messages import Task
+from app.engine.task import run_task
 from app.errors import problem
 from app.services import Services
 from app.settings import Settings

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from app.engine.bench import Workbench
 from app.engine.executor import Stopped, T
-from app.engine.task import Workbench, run_task
+from app.engine.task import run_task
 from storage.digest import Descriptor
 
 

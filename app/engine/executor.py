@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from app.engine.task import Task
+from app.engine.messages import Task
 from storage.digest import Descriptor
 
 T = TypeVar("T", bound=Task)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from app.recipe import Recipe, module_weights
+from merge_algos import catalogue
 from merge_algos.adapter import agree, common_base
 from merge_algos.errors import InvalidRank
 from merge_algos.formats.peft import AdapterSpec
-from merge_algos.merge import build, check_count, check_rule
+from merge_algos.merge import check_count, check_rule
+from merge_algos.protocol import BasisMethod
 
 _MAX_MODULES_PER_SHARD = 16
 _COMPUTE_BYTES = 4  # float32 at the widest that is shipped
@@ -28,9 +31,11 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
 
     BaseModelMismatch, ShapeMismatch, BadPattern, InvalidRank, TooFewAdapters, UnknownMethod, InvalidParams.
     """
-    method = build(recipe.method, recipe.parameters)
+    method = catalogue.build(recipe.method, recipe.parameters)
     check_count(method, len(specs))
     check_rule(method, recipe.rank)
+    if method.produces == "basis":
+        cast(BasisMethod, method).check_inputs(len(specs), max(spec.rank for spec in specs))
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     modules = agree(spec.shapes for spec in specs)
     ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)

@@ -1,26 +1,22 @@
-"""One piece of a merge: what a child process does between two checkpoints.
-
-A task names its inputs by digest and answers with a descriptor, so it can run in any process that reaches the store,
-and running it twice stores the same bytes once.
-"""
+"""One piece of a merge: what a child process does between two checkpoints."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any, Literal, TypeVar
+from functools import partial, reduce
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from app import adapters, ingest
-from app.adapters import OpenAdapter
 from app.card import model_card
+from app.engine import basis
+from app.engine.bench import Workbench
+from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, ShardTask, SurveyTask, Task
 from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
+from merge_algos import catalogue
 from merge_algos.formats import peft
 from merge_algos.merge import ModuleReport, ModuleResult, build, build_post, merge_module, survey_module
 from merge_algos.protocol import ModuleContext
@@ -31,73 +27,7 @@ from storage.sources.hub import HubRef
 from storage.tensor_writer import TensorSpec
 from storage.tensors import TensorFile, open_tensors
 
-T = TypeVar("T")
-
 _RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class FetchTask:
-    """Bring one pinned source into the store: answers with the adapter's manifest."""
-
-    source: str
-    kind: Literal["fetch"] = "fetch"
-
-
-@dataclass(frozen=True, slots=True)
-class SurveyTask:
-    """Look at some modules before any is merged: answers with their findings, pooled, in JSON.
-
-    known: what the rounds before have settled, None in the first.
-    """
-
-    recipe: Mapping[str, Any]
-    inputs: tuple[Digest, ...]
-    modules: Mapping[str, tuple[int, int]]
-    weights: Mapping[str, tuple[float, ...]]
-    number: int
-    known: Any = None
-    kind: Literal["survey"] = "survey"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardTask:
-    """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
-
-    known: what a survey has settled of the whole adapters, None where the method asks for none.
-    """
-
-    recipe: Mapping[str, Any]
-    inputs: tuple[Digest, ...]
-    modules: Mapping[str, tuple[int, int]]
-    weights: Mapping[str, tuple[float, ...]]
-    number: int
-    known: Any = None
-    kind: Literal["shard"] = "shard"
-
-
-@dataclass(frozen=True, slots=True)
-class AssembleTask:
-    """Put the shards together, in order: answers with the merged adapter's manifest."""
-
-    recipe: Mapping[str, Any]
-    inputs: tuple[Digest, ...]
-    base_model: str
-    shards: tuple[Descriptor, ...]
-    kind: Literal["assemble"] = "assemble"
-
-
-Task = FetchTask | SurveyTask | ShardTask | AssembleTask
-
-
-@dataclass(frozen=True, slots=True)
-class Workbench:
-    """What a task runs with: the services, a device, CPU threads, and how to open an adapter (a caller may keep them open)."""
-
-    services: Services
-    device: str
-    threads: int
-    open_adapter: Callable[[Digest], OpenAdapter]
 
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
@@ -111,6 +41,10 @@ def run_task(task: Task, bench: Workbench) -> Descriptor:
             return _merge_shard(task, bench)
         case AssembleTask():
             return _assemble(task, bench)
+        case EncodeTask():
+            return basis.encode_shard(task, bench)
+        case JoinTask():
+            return basis.join(task, bench)
 
 
 def _fetch(task: FetchTask, services: Services) -> Descriptor:
@@ -128,15 +62,14 @@ def _find(source: str, services: Services) -> Digest:
 
 def _survey(task: SurveyTask, bench: Workbench) -> Descriptor:
     recipe = Recipe.from_json(task.recipe)
-    opened = [bench.open_adapter(digest) for digest in task.inputs]
-    findings = _side_by_side(lambda name: _survey_one(task, recipe, opened, name, bench.device), task.modules, bench.threads)
-    pooled = reduce(build(recipe.method, recipe.parameters).pool, findings)
+    findings = bench.side_by_side(partial(_survey_one, task, recipe, bench), task.modules)
+    pooled = reduce(catalogue.build(recipe.method, recipe.parameters).pool, findings)
     return bench.services.blobs.put([canonical_json(pooled)], media_type=MEDIA_JSON)
 
 
-def _survey_one(task: SurveyTask, recipe: Recipe, opened: Sequence[OpenAdapter], name: str, device: str) -> Any:
-    deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
-    method = build(recipe.method, recipe.parameters)
+def _survey_one(task: SurveyTask, recipe: Recipe, bench: Workbench, name: str) -> Any:
+    deltas = bench.deltas(task.inputs, name, task.modules[name])
+    method = catalogue.build(recipe.method, recipe.parameters)
     return survey_module(method, deltas, task.weights[name], _context(task, recipe, name))
 
 
@@ -152,29 +85,15 @@ def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleC
 
 def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
     recipe = Recipe.from_json(task.recipe)
-    opened = [bench.open_adapter(digest) for digest in task.inputs]
-    results = _side_by_side(lambda name: _merge_one(task, recipe, opened, name, bench.device), task.modules, bench.threads)
-    return adapters.put_shard(bench.services.blobs, results)
+    return adapters.put_shard(bench.services.blobs, bench.side_by_side(partial(_merge_one, task, recipe, bench), task.modules))
 
 
-def _side_by_side(one: Callable[[str], T], names: Iterable[str], threads: int) -> list[T]:
-    """`one` of every name, in order, each by one thread: small matrices gain little from more, and bytes never depend on it.
-
-    Raises the first error, in order; what has not begun by then does not begin.
-    """
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(one, name) for name in names]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _merge_one(task: ShardTask, recipe: Recipe, opened: Sequence[OpenAdapter], name: str, device: str) -> ModuleResult:
-    deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
-    dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(d for adapter in opened for d in adapter.dtypes)
+def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
+    dtypes = (dtype for digest in task.inputs for dtype in bench.open_adapter(digest).dtypes)
+    dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(dtypes)
     method = build(recipe.method, recipe.parameters)
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
+    deltas = bench.deltas(task.inputs, name, task.modules[name])
     return merge_module(method, deltas, task.weights[name], _context(task, recipe, name), dtype, steps)
 
 
@@ -222,18 +141,13 @@ def _put_weights(blobs: BlobStore, shards: Sequence[adapters.Shard], ranks: Mapp
         where = {name: file for file in files for name in file.header.tensors}
         padded = {name: r for module, r in ranks.items() for name in peft.factor_names(module)}
         specs = [_padded_spec(where[name], name, r) for name, r in padded.items()]
-        return adapters.put_tensors(blobs, specs, lambda name: _padded(where[name], name, padded[name]))
+        tensor = lambda name: adapters.padded(name, adapters.read_tensor(where[name], name), padded[name])  # noqa: E731
+        return adapters.put_tensors(blobs, specs, tensor)
 
 
 def _padded_spec(file: TensorFile, name: str, r: int) -> TensorSpec:
     info = file.header.tensors[name]
     return TensorSpec(name, info.dtype, (r, info.shape[1]) if peft.is_lora_A(name) else (info.shape[0], r))
-
-
-def _padded(file: TensorFile, name: str, r: int) -> Tensor:
-    tensor = adapters.read_tensor(file, name)
-    extra = (0, 0, 0, r - tensor.shape[0]) if peft.is_lora_A(name) else (0, r - tensor.shape[1])
-    return torch.nn.functional.pad(tensor, extra)
 
 
 def _agreed(values: Sequence[str | None]) -> str | None:

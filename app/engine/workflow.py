@@ -6,24 +6,27 @@ publishes by digest. A problem is an ordinary outcome: it is recorded as the job
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from app import adapters, ingest
+from app import adapters, bases, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
+from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, ShardTask, SurveyTask
 from app.engine.plan import Plan, plan
-from app.engine.task import AssembleTask, FetchTask, ShardTask, SurveyTask, read_findings
+from app.engine.task import read_findings
 from app.recipe import Recipe
 from app.services import Services
-from merge_algos.merge import build
-from merge_algos.protocol import MergeMethod
+from merge_algos import catalogue
+from merge_algos.adapter import agree, common_base
+from merge_algos.protocol import BasisMethod, MergeMethod, Method
 from storage.digest import Descriptor, Digest
+from storage.index import AdapterRecord, BasisRecord
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T", SurveyTask, ShardTask)
+T = TypeVar("T", SurveyTask, ShardTask, EncodeTask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def survey(run: Run, inputs: Sequence[Digest], step: Callable[[Callable[[], Any]
     step: makes a round durable. A round that is interrupted is run again from its first module: findings are no shards, they
     are pooled as they come, and nothing but what a finished round has settled is kept.
     """
-    method = build(run.recipe.method, run.recipe.parameters)
+    method = _method(run)
     known: Any = None
     while method.unsettled(known):
         known = step(partial(_round, run, inputs, method, known))
@@ -62,12 +65,22 @@ def survey(run: Run, inputs: Sequence[Digest], step: Callable[[Callable[[], Any]
 
 
 def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descriptor, ...]:
-    """All shards in order; those that an earlier attempt has finished, and whose blobs are still whole, are not run again."""
+    """All shards in order; those that an earlier attempt has finished, and whose blobs are still whole, are not run again.
+
+    A basis of the adapters' own bytes has none: it is joined in one go.
+    """
+    method = _method(run)
+    if method.produces == "basis" and cast(BasisMethod, method).verbatim:
+        return ()
     planned = plan_for(run.services, run.recipe, inputs)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
-    todo = [_task(ShardTask, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
+    kind: Any = EncodeTask if method.produces == "basis" else ShardTask
+    todo = [_task(kind, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
+    if kind is EncodeTask:
+        group = _group(run)
+        todo = [replace(task, group=group) for task in todo]
     for task, shard in run.executor.run(todo, stop=run.stop):
         run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
         finished[task.number] = shard
@@ -77,34 +90,52 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
 
 
 def assemble(run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor]) -> Digest:
-    """The manifest of the merged adapter."""
+    """The manifest of the merged adapter, or of the basis."""
     planned = plan_for(run.services, run.recipe, inputs)
     run.report("assemble", 0, 1)
-    task = AssembleTask(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
+    kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
+    task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
     ((_, descriptor),) = run.executor.run([task], stop=run.stop)
     run.report("assemble", 1, 1)
     return descriptor.digest
 
 
-def publish(services: Services, recipe: Recipe, adapter: Digest, *, attempt: int | None = None) -> bool:
+def publish(services: Services, recipe: Recipe, artefact: Digest, *, attempt: int | None = None) -> bool:
     """Make the result known under its recipe; the shards are no longer needed.
 
     attempt: of the job that ends as succeeded with it, at once; False if that job is final already, for then it was cancelled,
     and nothing is made known. None if there is no job.
     """
-    opened = OpenAdapter.open(services.blobs, adapter)
-    record = ingest.describe_merged(services, opened.manifest, adapter, opened.spec)
+    record, parents = _record(services, recipe, artefact)
     if attempt is not None:
-        return services.jobs.succeed(recipe.digest, attempt, record, opened.manifest.inputs)
-    services.index.publish(recipe.digest, record, opened.manifest.inputs)
+        return services.jobs.succeed(recipe.digest, attempt, record, parents)
+    services.index.publish(recipe.digest, record, parents)
     services.jobs.drop_shards(recipe.digest)
     return True
+
+
+def _record(services: Services, recipe: Recipe, artefact: Digest) -> tuple[AdapterRecord | BasisRecord, tuple[Digest, ...]]:
+    """The index row of a result, and what it was made of: adapters, and the basis that a basis extends."""
+    if catalogue.find(recipe.method).produces == "adapter":
+        opened = OpenAdapter.open(services.blobs, artefact)
+        return ingest.describe_merged(services, opened.manifest, artefact, opened.spec), opened.manifest.inputs
+    basis = bases.OpenBasis.open(services.blobs, artefact)
+    extends = Digest.parse(recipe.extends) if recipe.extends else None
+    modules = {name for group in basis.contents["groups"] for task in group["tasks"] for name in task["modules"]}
+    record = ingest.describe_basis(services, basis.manifest, artefact, len(modules), extends)
+    return record, (*([extends] if extends else []), *basis.manifest.inputs)
 
 
 def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:
     """The plan for adapters that are in the store, read from their headers. Raises what makes the merge impossible."""
     specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
-    return plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
+    planned = plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
+    if recipe.extends is not None:
+        parent = bases.OpenBasis.open(services.blobs, Digest.parse(recipe.extends))
+        agree([*parent.shapes, planned.modules])
+        both = [parent.manifest.base_model, planned.base_model]
+        return replace(planned, base_model=common_base(both, allow_mismatch=recipe.allow_base_mismatch))
+    return planned
 
 
 def run_all(run: Run) -> Digest:
@@ -116,7 +147,11 @@ def run_all(run: Run) -> Digest:
     return adapter
 
 
-def _round(run: Run, inputs: Sequence[Digest], method: MergeMethod, known: Any) -> Any:
+def _method(run: Run) -> MergeMethod | BasisMethod:
+    return catalogue.build(run.recipe.method, run.recipe.parameters)
+
+
+def _round(run: Run, inputs: Sequence[Digest], method: Method, known: Any) -> Any:
     planned = plan_for(run.services, run.recipe, inputs)
     tasks = [_task(SurveyTask, run, inputs, planned, n, known) for n in range(len(planned.shards))]
     return method.settle(reduce(method.pool, _findings(run, tasks, len(planned.modules))), known)
@@ -148,9 +183,8 @@ def _is_whole(services: Services, shard: Descriptor, modules: Sequence[str]) -> 
     """All there, and of just these modules: an earlier run with another BRAID_SHARD_BYTES has cut the merge differently."""
     if services.blobs.stat(shard.digest) != shard.size_bytes:
         return False
-    stored = adapters.read_shard(services.blobs, shard)
-    merged = [report.module for report in stored.reports]
-    return merged == list(modules) and services.blobs.stat(stored.tensors.digest) == stored.tensors.size_bytes
+    tensors, merged = adapters.describe_shard(services.blobs, shard)
+    return merged == tuple(modules) and services.blobs.stat(tensors.digest) == tensors.size_bytes
 
 
 def _task(kind: type[T], run: Run, inputs: Sequence[Digest], planned: Plan, number: int, known: Any) -> T:
@@ -158,6 +192,13 @@ def _task(kind: type[T], run: Run, inputs: Sequence[Digest], planned: Plan, numb
     modules = {name: planned.modules[name] for name in planned.shards[number]}
     weights = {name: planned.weights[name] for name in modules}
     return kind(run.recipe.to_json(), tuple(inputs), modules, weights, number, known)
+
+
+def _group(run: Run) -> int:
+    """The number of the new adapters' group: after those of the basis that is extended."""
+    if run.recipe.extends is None:
+        return 0
+    return len(bases.OpenBasis.open(run.services.blobs, Digest.parse(run.recipe.extends)).contents["groups"])
 
 
 def to_json(shards: Sequence[Descriptor]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ _BODY = {
 }
 
 
-_FILES: dict[int | str, dict[str, Any]] = {
+FILES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, MEDIA_TENSORS: {}, "text/markdown": {}}},
     206: {"description": "the range asked for"},
     304: {"description": "the copy at hand is the file"},
@@ -98,8 +98,8 @@ def forget_adapter(adapter_id: str, services: UsesServices) -> None:
     services.index.forget(_get(services, adapter_id).id)
 
 
-@router.get("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=_FILES)
-@router.head("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=_FILES)
+@router.get("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=FILES)
+@router.head("/adapters/{adapter_id}/{part}", response_class=FileResponse, responses=FILES)
 def download(
     request: Request,
     adapter_id: str,
@@ -111,15 +111,27 @@ def download(
     """One file. The ETag is its sha256; ranges work; a private source is checked again with the caller's token."""
     record = _get(services, adapter_id)
     ingest.check_access(services, record, token=token)
+    return send_part(request, services, record, part, if_none_match)
+
+
+def send_part(request: Request, services: Services, record: AdapterRecord, part: str, if_none_match: str | None) -> Response:
+    """One file of an adapter that this caller may read. Raises UnknownPart."""
     blob = read_manifest(services.blobs, record.id).parts.get(part)
     if blob is None:
         raise UnknownPart(part)
-    headers = _headers(blob, private=bool(record.restricted))
+    return send(request, services, blob, part, if_none_match, private=bool(record.restricted))
+
+
+def send(
+    request: Request, services: Services, blob: Descriptor, name: str, if_none_match: str | None, *, private: bool
+) -> Response:
+    """A blob as a download, or that the caller's copy is still good."""
+    headers = _headers(blob, private=private)
     if _matches(if_none_match, headers["etag"]):
         return Response(status_code=304, headers=headers)
     settle_range(request, blob.size_bytes, etag=headers["etag"])
     path = services.blobs.path(blob.digest)
-    return FileResponse(path, media_type=blob.media_type, headers=headers, filename=part)
+    return FileResponse(path, media_type=blob.media_type, headers=headers, filename=name)
 
 
 def _parse(body: bytes) -> ImportRequest:

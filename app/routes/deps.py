@@ -1,6 +1,7 @@
 """What every route may ask for: the services, the queue, and the caller's Hub token."""
 
 import math
+from threading import BoundedSemaphore
 from typing import Annotated, cast
 
 from fastapi import Depends, Header, Query, Request
@@ -20,6 +21,11 @@ def get_queue(request: Request) -> JobQueue:
     return cast(JobQueue, request.app.state.queue)
 
 
+def get_slots(request: Request) -> BoundedSemaphore:
+    """As many reconstructions at once as do not crowd out the rest of the API."""
+    return cast(BoundedSemaphore, request.app.state.slots)
+
+
 def get_token(x_hub_token: Annotated[str | None, Header(description="your own Hub token; never stored")] = None) -> str | None:
     return x_hub_token or None
 
@@ -36,6 +42,7 @@ def require_json(request: Request) -> None:
 
 UsesServices = Annotated[Services, Depends(get_services)]
 UsesQueue = Annotated[JobQueue, Depends(get_queue)]
+UsesSlots = Annotated[BoundedSemaphore, Depends(get_slots)]
 UsesToken = Annotated[str | None, Depends(get_token)]
 Limit = Annotated[int, Query(ge=1, le=200, description="entries per page")]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next` of the page before")]

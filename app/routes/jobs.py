@@ -91,7 +91,7 @@ def _sse(services: Services, job: Digest, event: JobEvent) -> ServerSentEvent:
 
 def _may_read_result(services: Services, job: Job, token: str | None) -> bool:
     result = services.index.result(job.id)
-    record = services.index.get(result.target) if result else None
+    record = (services.index.get(result.target) or services.index.get_basis(result.target)) if result else None
     try:
         if record is not None:
             ingest.check_access(services, record, token=token)

@@ -5,7 +5,7 @@ from fastapi import APIRouter, HTTPException
 from app.resolve import parameter_schema
 from app.schemas import MethodList, MethodView
 from app.views import method_view, post_step_view
-from merge_algos import methods, post
+from merge_algos import catalogue, post
 from merge_algos.errors import UnknownMethod
 
 router = APIRouter(tags=["methods"])
@@ -14,7 +14,7 @@ router = APIRouter(tags=["methods"])
 @router.get("/methods")
 def list_methods() -> MethodList:
     steps = [post_step_view(name, parameter_schema(step).json_schema()) for name, step in post.registry().items()]
-    return MethodList(data=[_view(name) for name in methods.registry()], post_steps=steps)
+    return MethodList(data=[_view(name) for name in catalogue.registry()], post_steps=steps)
 
 
 @router.get("/methods/{name}")
@@ -26,4 +26,4 @@ def show_method(name: str) -> MethodView:
 
 
 def _view(name: str) -> MethodView:
-    return method_view(name, parameter_schema(methods.find(name)).json_schema())
+    return method_view(name, parameter_schema(catalogue.find(name)).json_schema())

@@ -50,26 +50,35 @@ class Rmm(BasisMethod):
     def verbatim(self) -> bool:
         return self.codec == "lossless"
 
+    def check_inputs(self, count: int, rank: int) -> None:
+        """Raises InvalidParams for more principal directions than there are."""
+        if not self.verbatim:
+            self.options.check_for(count, rank)
+
     def unsettled(self, known: Any) -> bool:
-        """Two rounds: the adapters' norms, then what every codec would lose of every module."""
+        """Whether a round is missing: of the adapters' norms, then of what every codec would lose of every module."""
         return not self.verbatim and (known is None or "choices" not in known)
 
     def survey(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Any:
+        """Squared norms per task; then the module's candidates, as `Survey.to_json`."""
         if context.known is None:
             return {context.module: [delta.norm() ** 2 for delta in deltas]}
         found = survey(deltas, self.options, module=context.module, seed=context.seed, importance=context.known["importance"])
         return {context.module: found.to_json()}
 
     def pool(self, left: Any, right: Any) -> Any:
+        """Module -> finding, of both."""
         return {**left, **right}
 
     def settle(self, findings: Any, known: Any) -> Any:
+        """How much each task's error counts; then what is chosen for each module."""
         if known is None:
             return {"importance": importance(list(findings.values()))}
         surveys = {module: Survey.from_json(findings[module]) for module in sorted(findings)}
         return {**known, "choices": {m: _brief(choice) for m, choice in allocate(surveys, self.options).items()}}
 
     def encode(self, deltas: Sequence[LowRankDelta], context: ModuleContext) -> tuple[Encoded, tuple[float, ...]]:
+        """As it was chosen. Raises what `merge_algos.survey.encode` raises."""
         brief, given = context.known["choices"][context.module], tuple(context.known["importance"])
         choice = Candidate(brief["codec"], brief["parameters"], brief["budget_bytes"], 0, (), given)
         return encode(deltas, choice, module=context.module, seed=context.seed)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
 from merge_algos.codecs import truncate, tucker2
-from merge_algos.codecs.truncate import Terms, Truncate
-from merge_algos.joint import Joint, Shared
+from merge_algos.codecs.truncate import Truncate
+from merge_algos.codecs.tucker2 import Tucker2
+from merge_algos.joint import Ladder, Shared
 from merge_algos.lowrank import LowRankDelta, concat
 from merge_algos.waterline import FIXED, find_level, is_short, meet
 
-_SIZES = (0.0625, 0.125, 0.25, 0.5)  # of the basis, as fractions of the joint rank
+_CLEARLY = 0.97  # a promise of less gain than this is not worth the search
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,19 @@ class Hybrid(Codec):
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
 
-    def represent(self, problem: Problem) -> Packed:
-        joint = Joint.of(problem)
-        bases = [joint.basis(*size) for size in joint.sizes(_SIZES)]
+    prepare = staticmethod(Tucker2.prepare)
+
+    def stand_in(self, problem: Problem, ladder: Ladder) -> str | None:
+        """Truncation or Tucker-2, where the best basis is none or has nothing beyond it."""
+        return _plan(problem, ladder) if self.quantize == "auto" and not is_short(problem.shape) else None
+
+    def represent(self, problem: Problem, ladder: Ladder) -> Packed:
+        if self.quantize == "auto" and not is_short(problem.shape):
+            return _water_filled(problem, ladder)
+        bases = [ladder.joint.basis(*size) for size in list(ladder.rungs)[:-1]]
         if self.quantize != "auto":
             return best(problem, _in_one_encoding(problem, bases, "bf16" if self.quantize == "none" else self.quantize), Hybrid)
-        filled = _water_filled(problem, bases)
-        if not is_short(problem.shape):
-            return filled
+        filled = _water_filled(problem, ladder)
         return best(problem, [filled, *(p for encoding in FIXED for p in _in_one_encoding(problem, bases, encoding))], Hybrid)
 
     @staticmethod
@@ -48,31 +54,40 @@ class Hybrid(Codec):
         return concat([Truncate.restore(shape, {}, alone), tucker2.restored(shape, shared, common)])
 
 
-def _water_filled(problem: Problem, bases: list[Shared]) -> Packed:
-    shared = min(bases, key=lambda each: _promise(problem, each))
-    level = find_level(_estimator(problem, shared, counted=True), problem.budget_bytes, shared.energy)
+def _plan(problem: Problem, ladder: Ladder) -> str | None:
+    """Which codec this one is here: no basis, or none of its terms beyond, promises no more loss than both together."""
+    mixed = min(rung.promise(problem.budget_bytes) for rung in ladder.rungs.values())
+    shared = min(rung.promise(problem.budget_bytes) for rung in ladder.inside().values())
+    alone = ladder.whole.promise(problem.budget_bytes)
+    return None if mixed < _CLEARLY * min(shared, alone) else "tucker2" if shared < alone else "truncate"
+
+
+def _water_filled(problem: Problem, ladder: Ladder) -> Packed:
+    plan = _plan(problem, ladder)
+    if plan is not None:
+        return (
+            tucker2.water_filled(problem, ladder)
+            if plan == "tucker2"
+            else truncate.water_filled(problem, Truncate.prepare(problem))
+        )
+    size = min(ladder.rungs, key=lambda size: ladder.rungs[size].promise(problem.budget_bytes))
+    shared = ladder.joint.basis(*size)
+    near = ladder.rungs[size].level(problem.budget_bytes)
+    level = find_level(_estimator(problem, shared), problem.budget_bytes, shared.energy, near)
     return meet(lambda at: _at_level(problem, shared, at, level), level, problem.budget_bytes)
 
 
-def _promise(problem: Problem, shared: Shared) -> float:
-    """The loss to expect of this basis and the terms beyond it."""
-    level = find_level(_estimator(problem, shared, counted=False), problem.budget_bytes, shared.energy)
-    common, alone = Terms.of(shared.problem()), Terms.of(shared.beyond())
-    return shared.energy + tucker2.gain(problem, shared, common, level) + truncate.gain(problem, alone, level)
-
-
-def _estimator(problem: Problem, shared: Shared, *, counted: bool) -> Callable[[float], int]:
+def _estimator(problem: Problem, shared: Shared) -> Callable[[float], int]:
     """level -> bytes of the basis, the terms in it and those beyond it."""
-    alone, bases = Terms.of(shared.beyond()), (shared.joint.QB, shared.joint.QA)
-    pairs = list(zip((alone.B, alone.A), bases, strict=True))
-    B, A = (side.sampled(Q) if counted else side.expected(len(Q)) for side, Q in pairs)
-    basis_bytes, terms_bytes = tucker2.estimator(shared, counted=counted), truncate.estimator(problem, alone, (B, A))
+    alone, bases = tucker2.terms_of(shared.beyond(), problem.importance), (shared.joint.QB, shared.joint.QA)
+    B, A = (side.sampled(Q) for side, Q in zip((alone.B, alone.A), bases, strict=True))
+    basis_bytes, terms_bytes = tucker2.estimator(shared), truncate.estimator(problem, alone, (B, A))
     return lambda level: basis_bytes(level) + terms_bytes(level)
 
 
 def _at_level(problem: Problem, shared: Shared, level: float, floor: float) -> Packed:
     common = tucker2.at_level(shared, level, floor)
-    residual = Terms.of(_residual(problem, common))
+    residual = tucker2.terms_of(_residual(problem, common), problem.importance)
     return _joined(common, truncate.at_level(problem, residual, level, floor))
 
 
@@ -81,15 +96,15 @@ def _in_one_encoding(problem: Problem, bases: list[Shared], encoding: str) -> It
     for common in (tucker2.packed(shared, encoding) for shared in bases[::2]):
         left = problem.budget_bytes - common.size_bytes
         if left >= 0:
-            residual = replace(_residual(problem, common), budget_bytes=left)
-            yield _joined(common, truncate.strongest(residual, Terms.of(residual), encoding))
+            residual = tucker2.terms_of(_residual(problem, common), problem.importance)
+            yield _joined(common, truncate.strongest(replace(problem, budget_bytes=left), residual, encoding))
 
 
-def _residual(problem: Problem, common: Packed) -> Problem:
+def _residual(problem: Problem, common: Packed) -> list[LowRankDelta]:
     """What the basis as stored leaves of every delta."""
     basis = values(common.shared)
     stored = [tucker2.restored(problem.shape, basis, values(part)).to(problem.deltas[0].B.dtype) for part in common.parts]
-    return replace(problem, deltas=tuple(concat([d, s.scale(-1.0)]) for d, s in zip(problem.deltas, stored, strict=True)))
+    return [concat([d, s.scale(-1.0)]) for d, s in zip(problem.canonical, stored, strict=True)]
 
 
 def _joined(common: Packed, alone: Packed) -> Packed:

@@ -1,17 +1,31 @@
 """Reversible Model Merging: per position of the factors, the mean over tasks and p principal directions."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize
+from merge_algos.codec import Codec, Fields, Floor, Packed, Problem, Quantize, best, check_quantize, loss, measured, values
 from merge_algos.entries import check_flag, check_whole_number
 from merge_algos.lowrank import LowRankDelta, canonical
-from merge_algos.packing import pack, packed_bytes
+from merge_algos.packing import GROUP, pack, packed_bytes
 
+_BLOCK = 1024  # positions of each side at least, where there are more
 _ROUNDS = 3  # of alignment: what later ones gain is lost in the quantisation
+
+
+Room = tuple[str, int]  # an encoding, and the directions that there is room for
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What both codecs of this kind are made of: see `Rmm`."""
+
+    quantize: Quantize
+    p: int | None
+    center: bool
+    align: bool
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,8 @@ class Rmm(Codec):
     allows, and then p is what the budget is spent on.  center: subtract the mean over tasks first.
     align: bring the adapters to one gauge first (see `aligned`); the paper takes factors as they are given.
     quantize: encoding of mean, directions and coefficients; `none` is bf16.  `auto`: the encoding of least measured error
-    within the budget, with as many directions as it leaves room for; `none` where p is given.
+    within the budget, with as many directions as it leaves room for; `none` where p is given. Of wide modules the error is
+    measured, and the gauge found, on a block of every so-manyth 64 positions.
     Differs from the paper, which does not quantise. Importance does not turn the directions.
     """
 
@@ -44,16 +59,19 @@ class Rmm(Codec):
         if self.p is not None:
             check_whole_number("p", self.p, least=0)
 
-    def represent(self, problem: Problem) -> Packed:
-        prepare = aligned if self.align else lambda deltas, p, center: deltas
-        return coded(problem, self.quantize, self.p, self.center, prepare)
+    def represent(self, problem: Problem, prepared: None) -> Packed:
+        return coded(problem, self._settings)
+
+    def floors(self, problem: Problem) -> Sequence[Floor]:
+        return floors(problem, self._settings)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.quantize, self.p, self.center, self.align)
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:
         return restored(shape, shared, own)
-
-
-Prepare = Callable[[Sequence[LowRankDelta], int, bool], Sequence[LowRankDelta]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +81,9 @@ class Basis:
     mean: Tensor
     directions: Tensor
     coefficients: Tensor
+
+    def leading(self, p: int) -> "Basis":
+        return Basis(self.mean, self.directions[:, :p], self.coefficients[:, :, :p])
 
     def vectors(self) -> Tensor:
         """(P, n, r): what the basis says the tasks are."""
@@ -90,23 +111,100 @@ def principal(X: Tensor, p: int, *, center: bool = True) -> Basis:
 
 
 def aligned(deltas: Sequence[LowRankDelta], p: int, center: bool) -> Sequence[LowRankDelta]:
-    """The same deltas, `(B_i Q_i)(Q_i^T A_i)`, in the gauge that p directions fit best.
+    """The same deltas, `(B_i Q_i)(Q_i^T A_i)`, in the gauge that p directions fit best, judged on a block of the positions.
 
     Balanced factors first, then in turn: fit the basis; orthogonal Procrustes `Q_i` from the SVD of `B_i^T B^_i + A_i A^_i^T`.
     """
-    X = positions([canonical(delta) for delta in deltas])
+    balanced = [canonical(delta) for delta in deltas]
+    return _turned(balanced, _gauge(_block(balanced), p, center))
+
+
+def _gauge(deltas: Sequence[LowRankDelta], p: int, center: bool) -> Tensor:
+    """(n, r, r), orthogonal."""
+    given = X = positions(deltas)
     for _ in range(_ROUNDS):
         fit = principal(X, p, center=center).vectors()
-        U, _S, Vh = torch.linalg.svd(torch.einsum("pnr,pns->nrs", X, fit))
-        X = torch.einsum("pnr,nrs->pns", X, U @ Vh)
-    d_out = deltas[0].shape[0]
-    return [LowRankDelta(X[:d_out, n], X[d_out:, n].mT) for n in range(len(deltas))]
+        U, _S, Vh = torch.linalg.svd(torch.einsum("pnr,pns->nrs", given, fit))
+        turn: Tensor = U @ Vh
+        X = torch.einsum("pnr,nrs->pns", given, turn)
+    return turn
 
 
-def coded(problem: Problem, quantize: Quantize, p: int | None, center: bool, prepare: Prepare) -> Packed:
-    """p None: as many directions as the budget allows. prepare: the gauge in which p directions are fitted."""
-    tried = _encodings(problem, quantize, p, center, prepare)
-    return next(tried) if p is not None else best(problem, tried, Rmm)
+def _turned(deltas: Sequence[LowRankDelta], gauge: Tensor) -> list[LowRankDelta]:
+    turns = [Q[: delta.rank] for delta, Q in zip(deltas, gauge, strict=True)]
+    return [LowRankDelta(delta.B @ Q, Q.mT @ delta.A) for delta, Q in zip(deltas, turns, strict=True)]
+
+
+def _block(deltas: Sequence[LowRankDelta]) -> list[LowRankDelta]:
+    """Some rows of every B and columns of every A: whole groups of 64, all of a side that has few."""
+    rows, columns = (_sampled(d) for d in deltas[0].shape)
+    return [LowRankDelta(delta.B[rows], delta.A[:, columns]) for delta in deltas]
+
+
+def _sampled(d: int) -> Tensor:
+    position = torch.arange(d)
+    return position[position // GROUP % max(1, d // _BLOCK) == 0]
+
+
+def coded(problem: Problem, settings: Settings) -> Packed:
+    """p None: as many directions as the budget allows."""
+    rooms = _rooms(problem, settings)
+    groups = [rooms]
+    if not _is_wide(problem.shape):
+        groups = [[room] for room in rooms]  # a gauge for each encoding costs little here
+    elif len(rooms) > 1:
+        groups = [[_best_room(problem, rooms, settings)]]
+    gauge = _fewest(rooms) if _is_wide(problem.shape) and rooms else None
+    tried = (packed for group in groups for packed in _in_gauge(problem, group, gauge, settings))
+    return next(tried) if settings.p is not None else best(problem, tried, Rmm)
+
+
+def _in_gauge(problem: Problem, rooms: Sequence[Room], gauge: int | None, settings: Settings) -> Iterator[Packed]:
+    """gauge: the number of directions it is made for, None for that of the rooms."""
+    deltas: Sequence[LowRankDelta] = problem.deltas
+    if settings.align and rooms:
+        deltas = aligned(problem.canonical, _fewest(rooms) if gauge is None else gauge, settings.center)
+    return _packed(deltas, rooms, settings.center)
+
+
+def _best_room(problem: Problem, rooms: Sequence[Room], settings: Settings) -> Room:
+    """Of least loss in the block."""
+    block = _in_block(problem, rooms, settings)
+    losses = [(loss(block, packed, Rmm), n) for n, packed in enumerate(_packed(block.deltas, rooms, settings.center))]
+    return rooms[min(losses)[1]]
+
+
+def _in_block(problem: Problem, rooms: Sequence[Room], settings: Settings) -> Problem:
+    """The block in its gauge."""
+    given = _block(problem.canonical if settings.align else problem.deltas)
+    if settings.align and rooms:
+        given = _turned(given, _gauge(given, _fewest(rooms), settings.center))
+    return replace(problem, shape=given[0].shape, deltas=tuple(given))
+
+
+def _is_wide(shape: tuple[int, int]) -> bool:
+    return any(len(_sampled(d)) < d for d in shape)
+
+
+def floors(problem: Problem, settings: Settings) -> Sequence[Floor]:
+    """Of each encoding the size, and the error in a block of every delta, which the whole error cannot be below.
+
+    Positions are coded each by itself and entries in groups of 64 positions, so a block of whole groups is coded as it would
+    be in its place; the gauge comes from that block anyway. None where groups run from one column into the next.
+    """
+    if settings.p is not None or any(d % GROUP or len(_sampled(d)) == d for d in problem.shape):
+        return ()
+    rooms = _rooms(problem, settings)
+    block = _in_block(problem, rooms, settings)
+    tried = _packed(block.deltas, rooms, settings.center)
+    decoded = ([Rmm.restore(block.shape, values(x.shared), values(part)) for part in x.parts] for x in tried)
+    errors = (tuple(measured(d, back) for d, back in zip(block.deltas, each, strict=True)) for each in decoded)
+    return [Floor(_size(problem, *room, settings.center), e) for room, e in zip(rooms, errors, strict=True)]
+
+
+def _fewest(rooms: Sequence[Room]) -> int:
+    """One gauge for all encodings: the fewer directions there are, the more it matters."""
+    return min(p for _, p in rooms)
 
 
 def most_directions(problem: Problem, center: bool) -> int:
@@ -127,13 +225,21 @@ def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelt
     return LowRankDelta(X[: shape[0]], X[shape[0] :].mT)
 
 
-def _encodings(problem: Problem, quantize: Quantize, p: int | None, center: bool, prepare: Prepare) -> Iterator[Packed]:
-    every = ("bf16", "int8", "int6", "int4")
-    chosen = every[: 1 if p is not None else None] if quantize == "auto" else ("bf16" if quantize == "none" else quantize,)
-    most = most_directions(problem, center)
-    rooms = [(e, _room(problem, e, most, center) if p is None else min(p, most)) for e in chosen]
-    gauges = {room: positions(prepare(problem.deltas, room, center)) for _, room in rooms if room >= 0}
-    yield from (_pack(principal(gauges[room], room, center=center), e, center) for e, room in rooms if room in gauges)
+def _rooms(problem: Problem, settings: Settings) -> list[Room]:
+    """Encodings, and how many directions each has room for."""
+    every, most = ("bf16", "int8", "int6", "int4"), most_directions(problem, settings.center)
+    quantize = "none" if settings.quantize == "auto" and settings.p is not None else settings.quantize
+    chosen = every if quantize == "auto" else ("bf16" if quantize == "none" else quantize,)
+    if settings.p is not None:
+        return [(encoding, min(settings.p, most)) for encoding in chosen]
+    rooms = [(encoding, _room(problem, encoding, most, settings.center)) for encoding in chosen]
+    return [(encoding, p) for encoding, p in rooms if p >= 0]
+
+
+def _packed(deltas: Sequence[LowRankDelta], rooms: Sequence[Room], center: bool) -> Iterator[Packed]:
+    if rooms:
+        basis = principal(positions(deltas), max(p for _, p in rooms), center=center)
+        yield from (_pack(basis.leading(p), encoding, center) for encoding, p in rooms)
 
 
 def _room(problem: Problem, encoding: str, most: int, center: bool) -> int:

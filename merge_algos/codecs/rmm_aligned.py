@@ -1,9 +1,10 @@
 """Reversible Model Merging in the gauge that suits it: the published basis after a free rotation of every adapter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, check_quantize
-from merge_algos.codecs.rmm import aligned, coded, restored
+from merge_algos.codec import Codec, Fields, Floor, Packed, Problem, Quantize, check_quantize
+from merge_algos.codecs.rmm import Settings, coded, floors, restored
 from merge_algos.entries import check_flag, check_whole_number
 from merge_algos.lowrank import LowRankDelta
 
@@ -29,8 +30,15 @@ class RmmAligned(Codec):
         if self.p is not None:
             check_whole_number("p", self.p, least=0)
 
-    def represent(self, problem: Problem) -> Packed:
-        return coded(problem, self.quantize, self.p, self.center, aligned)
+    def represent(self, problem: Problem, prepared: None) -> Packed:
+        return coded(problem, self._settings)
+
+    def floors(self, problem: Problem) -> Sequence[Floor]:
+        return floors(problem, self._settings)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.quantize, self.p, self.center, align=True)
 
     @staticmethod
     def restore(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelta:

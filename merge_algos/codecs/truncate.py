@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
-from merge_algos.lowrank import LowRankDelta, canonical
+from merge_algos.lowrank import LowRankDelta
 from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
-from merge_algos.waterline import FIXED, Columns, Sizes, find_level, is_short, meet, refit, worth_keeping
+from merge_algos.waterline import FIXED, Columns, Outlook, Sizes, find_level, is_short, meet, refit, worth_keeping
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,11 @@ class Truncate(Codec):
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
 
-    def represent(self, problem: Problem) -> Packed:
-        terms = Terms.of(problem)
+    @staticmethod
+    def prepare(problem: Problem) -> "Terms":
+        return Terms.of(problem.canonical, problem.importance)
+
+    def represent(self, problem: Problem, terms: "Terms") -> Packed:
         if self.quantize != "auto":
             return strongest(problem, terms, _ENCODING.get(self.quantize, self.quantize))
         filled = water_filled(problem, terms)
@@ -61,11 +64,11 @@ class Terms:
     A: Columns
 
     @classmethod
-    def of(cls, problem: Problem) -> "Terms":
-        deltas = [canonical(delta) for delta in problem.deltas]
+    def of(cls, deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> "Terms":
+        """deltas: canonical.  weights: the importance of each."""
         S = torch.cat([delta.B.square().sum(0) for delta in deltas])  # balanced: each column of B has squared norm S
         owner = torch.cat([torch.full((delta.rank,), n) for n, delta in enumerate(deltas)])
-        importance = torch.tensor(problem.importance, dtype=torch.float64)[owner].to(S)
+        importance = torch.tensor(weights, dtype=torch.float64)[owner].to(S)
         weight = importance * S
         B, A = torch.cat([delta.B for delta in deltas], 1), torch.cat([delta.A.mT for delta in deltas], 1)
         return cls(deltas, importance * S.square(), owner, Columns(B, weight), Columns(A, weight))
@@ -102,19 +105,17 @@ def _part(terms: Terms, kept: Tensor, encoding: str) -> Sequence[Field]:
 def water_filled(problem: Problem, terms: Terms) -> Packed:
     """Every stored entry with the same weighted noise, the level of which is the lowest that the budget allows."""
     size = estimator(problem, terms, (terms.B.sampled(), terms.A.sampled()))
-    floor = find_level(size, problem.budget_bytes, float(terms.energy.sum()))
+    floor = find_level(size, problem.budget_bytes, float(terms.energy.sum()), outlook(problem, terms).level(problem.budget_bytes))
     return meet(lambda level: at_level(problem, terms, level, floor), floor, problem.budget_bytes)
+
+
+def outlook(problem: Problem, terms: Terms) -> Outlook:
+    return Outlook(float(terms.energy.sum()), (), ((terms.energy.cpu().numpy(), problem.shape),))
 
 
 def kept_at(terms: Terms, rows: tuple[int, int], floor: float) -> Tensor:
     """(K,) boolean: the terms worth their bits at this level."""
     return worth_keeping(terms.energy, rows, floor)
-
-
-def gain(problem: Problem, terms: Terms, level: float) -> float:
-    """What storing the terms adds to the loss: their noise, less their energy."""
-    kept = kept_at(terms, problem.shape, level)
-    return level * int(kept.sum()) * sum(problem.shape) - float(terms.energy[kept].sum())
 
 
 def estimator(problem: Problem, terms: Terms, sides: tuple[Sizes, Sizes]) -> Callable[[float], int]:

@@ -1,16 +1,14 @@
 """Tucker-2: column and row spaces that all tasks share, and a small core for each."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from merge_algos.codec import Codec, Fields, Packed, Problem, Quantize, best, check_quantize, values
 from merge_algos.codecs.truncate import Terms, fitted, kept_at
-from merge_algos.joint import Joint, Shared
+from merge_algos.joint import Joint, Ladder, Shared
 from merge_algos.lowrank import LowRankDelta, canonical
 from merge_algos.packing import Field, pack, packed_bytes, rice_bytes
 from merge_algos.waterline import FIXED, find_level, is_short, meet
-
-_SIZES = (0.125, 0.25, 0.5, 1.0)  # of the basis, as fractions of the joint rank, that `auto` considers
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,15 @@ class Tucker2(Codec):
     def __post_init__(self) -> None:
         check_quantize(self.quantize)
 
-    def represent(self, problem: Problem) -> Packed:
-        joint = Joint.of(problem)
+    @staticmethod
+    def prepare(problem: Problem) -> Ladder:
+        return Ladder.of(problem)
+
+    def represent(self, problem: Problem, ladder: Ladder) -> Packed:
+        joint = ladder.joint
         if self.quantize != "auto":
             return best(problem, _largest(problem, joint, "bf16" if self.quantize == "none" else self.quantize), Tucker2)
-        filled = water_filled(problem, joint)
+        filled = water_filled(problem, ladder)
         if not is_short(problem.shape):
             return filled
         return best(problem, [filled, *(p for encoding in FIXED for p in _largest(problem, joint, encoding))], Tucker2)
@@ -56,10 +58,13 @@ def restored(shape: tuple[int, int], shared: Fields, own: Fields) -> LowRankDelt
     return LowRankDelta(U @ own["left"], (V @ own["right"]).mT)
 
 
-def water_filled(problem: Problem, joint: Joint) -> Packed:
+def water_filled(problem: Problem, ladder: Ladder) -> Packed:
     """The size of basis that promises least, every stored entry with the same weighted noise."""
-    shared = min((joint.basis(*size) for size in joint.sizes(_SIZES)), key=lambda each: _promise(problem, each))
-    level = find_level(estimator(shared, counted=True), problem.budget_bytes, shared.energy)
+    inside = ladder.inside()
+    size = min(inside, key=lambda size: inside[size].promise(problem.budget_bytes))
+    shared = ladder.joint.basis(*size)
+    near = inside[size].level(problem.budget_bytes)
+    level = find_level(estimator(shared), problem.budget_bytes, shared.energy, near)
     return meet(lambda at: at_level(shared, at, level), level, problem.budget_bytes)
 
 
@@ -107,23 +112,14 @@ def _refitted(shared: Shared, U: Field, V: Field) -> list[LowRankDelta]:
     return shared.refitted(stored["U"].to(shared.U), stored["V"].to(shared.V))
 
 
-def _promise(problem: Problem, shared: Shared) -> float:
-    """The loss to expect of this basis."""
-    level = find_level(estimator(shared, counted=False), problem.budget_bytes, shared.energy)
-    return shared.energy + gain(problem, shared, Terms.of(shared.problem()), level)
+def terms_of(deltas: Sequence[LowRankDelta], importance: Sequence[float]) -> Terms:
+    return Terms.of([canonical(delta) for delta in deltas], importance)
 
 
-def gain(problem: Problem, shared: Shared, terms: Terms, level: float) -> float:
-    """What storing this basis and the terms in it adds to the loss: their noise, less the energy of the terms."""
-    kept = kept_at(terms, shared.size, level)
-    entries = sum(d * k for d, k in zip(problem.shape, shared.size, strict=True)) + int(kept.sum()) * sum(shared.size)
-    return level * entries - float(terms.energy[kept].sum())
-
-
-def estimator(shared: Shared, *, counted: bool) -> Callable[[float], int]:
+def estimator(shared: Shared) -> Callable[[float], int]:
     """level -> bytes of the basis and of the cores' terms."""
-    terms, whole = Terms.of(shared.problem()), shared.sizes(counted=counted)
-    small = [side.sampled() if counted else side.expected() for side in (terms.B, terms.A)]
+    terms, whole = terms_of(shared.cores, shared.joint.importance), shared.sizes()
+    small = [side.sampled() for side in (terms.B, terms.A)]
 
     def size(level: float) -> int:
         kept = kept_at(terms, shared.size, level).cpu().numpy()
@@ -137,7 +133,7 @@ def at_level(shared: Shared, level: float, floor: float) -> Packed:
     """The basis, then the cores refitted to it as stored. Nothing where no core has a term worth its bits at level `floor`."""
     U, V = (side.pack(label, level) for side, label in zip(shared.sides(), ("U", "V"), strict=True))
     cores = _refitted(shared, U, V)
-    terms = Terms.of(replace(shared.problem(), deltas=tuple(cores)))
+    terms = terms_of(cores, shared.joint.importance)
     kept = kept_at(terms, shared.size, floor)
     if not bool(kept.any()):
         return Packed((), [()] * len(cores))

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import present_cores
+from merge_algos.core import present_cores, restoring
 from merge_algos.entries import check_finite_number, weighted
 from merge_algos.lowrank import LowRankDelta, numerical_rank, size_of
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
@@ -17,9 +17,9 @@ from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 class IsoC(MergeMethod):
     """Iso-C (Marczak et al. 2025, arXiv:2502.04959) in the core: singular values of the weighted sum become their mean.
 
-    alpha: factor of the result. A flat spectrum has no small tail to cut, so truncating it below R loses much: the
-    certificate says how much. Differs from the paper: the mean is over the directions that the sum has, not over all
-    min(d_out, d_in), because those it has not are arbitrary.
+    alpha: factor of the result, or null for `sqrt(n)` of n adapters. A flat spectrum has no small tail to cut, so truncating
+    it below R loses much: the certificate says how much. Differs from the paper: the mean is over the directions that the
+    sum has, not over all min(d_out, d_in), because those it has not are arbitrary.
     """
 
     name = "iso_c"
@@ -32,15 +32,16 @@ class IsoC(MergeMethod):
         }
     )
 
-    alpha: float = 1.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
-        check_finite_number("alpha", self.alpha)
+        if self.alpha is not None:
+            check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
         total = weighted(list(core.M), here)
-        return Merged(core.lift(self.alpha * isotropic(total, size_of(deltas, weights))))
+        return Merged(core.lift(restoring(self.alpha, len(here)) * isotropic(total, size_of(deltas, weights))))
 
 
 def isotropic(M: Tensor, size: float) -> Tensor:

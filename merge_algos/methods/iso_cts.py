@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import polar, present_cores
+from merge_algos.core import polar, present_cores, restoring
 from merge_algos.entries import check_finite_number, check_fraction
 from merge_algos.lowrank import LowRankDelta, numerical_rank, size_of
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
@@ -19,7 +19,8 @@ class IsoCts(MergeMethod):
 
     The leading `common` fraction of the summed core's directions is kept; every task adds the leading directions of its
     own core beyond that subspace, an equal share of what is left; both bases are made orthonormal and all singular values
-    their mean.  common: in (0, 1].  alpha: factor of the result.
+    their mean.  common: in (0, 1].  alpha: factor of the result, or null
+    for `sqrt(n)` of n adapters.
     """
 
     name = "iso_cts"
@@ -33,16 +34,17 @@ class IsoCts(MergeMethod):
     )
 
     common: float = 0.8
-    alpha: float = 1.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         check_fraction("common", self.common)
-        check_finite_number("alpha", self.alpha)
+        if self.alpha is not None:
+            check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
         tasks = [weight * M for weight, M in zip(here, core.M, strict=True)]
-        return Merged(core.lift(self.alpha * self._merge_cores(tasks, size_of(deltas, weights))))
+        return Merged(core.lift(restoring(self.alpha, len(here)) * self._merge_cores(tasks, size_of(deltas, weights))))
 
     def _merge_cores(self, tasks: Sequence[Tensor], size: float) -> Tensor:
         """tasks: weighted cores (p, q).  size: what the rounding of their sum is relative to."""

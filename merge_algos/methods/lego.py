@@ -28,7 +28,8 @@ class Lego(MergeMethod):
     A unit is a row of A with its column of B, `sqrt|w|` folded into both halves and the sign of w into b. Centroids are
     means, rescaled so that their largest entry is the mean of their members' (parameter reweighting); the update is
     multiplied by `sqrt(r_ref / k)`, r_ref the rounded mean rank of the adapters present (output reweighting). k is the
-    requested rank, else the largest of the adapters. An adapter's rank is its number of units that are not zero.
+    requested rank, else half of all units, but no less than the largest adapter: on real adapters, fewer clusters keep less
+    than plain averaging does. An adapter's rank is its number of units that are not zero.
 
     canonical: `svd` gives every delta its balanced singular vectors first, so how it was factored cannot matter;
     `balanced` only evens norms and signs of each unit; `raw` is the published method.
@@ -58,7 +59,7 @@ class Lego(MergeMethod):
         if not len(units):
             return Merged(LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B))
         ranks = list(Counter(owners).values())
-        k = min(context.rank.max or max(ranks), len(units))
+        k = min(context.rank.max or max(*ranks, len(units) // 2), len(units))
         gram = units @ units.mT  # (R, R): all that distances depend on
         labels = cluster(gram, k, seed_of(context.seed, context.module) % 2**32)
         means = _means(labels).to(units)  # (k, R): means @ units are the centres

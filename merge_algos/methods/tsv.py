@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.core import Core, polar, present_cores
+from merge_algos.core import Core, polar, present_cores, restoring
 from merge_algos.entries import check_finite_number
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
@@ -17,8 +17,9 @@ from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 class Tsv(MergeMethod):
     """TSV-Merge (Gargiulo et al. 2024, arXiv:2412.00081): `alpha U' S V'^T`, U' and V' the polar factors of all triplets.
 
-    alpha: factor of the result. An adapter keeps triplets to its own rank (the paper cuts full-rank task vectors to a
-    share of 1/T); a weight multiplies its singular values. Rank at most R.
+    alpha: factor of the result, or null for `sqrt(n)` of n adapters (the paper's 1 belongs to a sum at weight 1). An adapter
+    keeps triplets to its own rank (the paper cuts full-rank task vectors to a share of 1/T); a weight multiplies its
+    singular values. Rank at most R.
     """
 
     name = "tsv"
@@ -29,14 +30,15 @@ class Tsv(MergeMethod):
         }
     )
 
-    alpha: float = 1.0
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
-        check_finite_number("alpha", self.alpha)
+        if self.alpha is not None:
+            check_finite_number("alpha", self.alpha)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
-        return Merged(core.lift(self.alpha * orthogonalised(core, here)))
+        return Merged(core.lift(restoring(self.alpha, len(here)) * orthogonalised(core, here)))
 
 
 def orthogonalised(core: Core, weights: Sequence[float]) -> Tensor:

@@ -161,19 +161,21 @@ def inverse_root(X: Tensor) -> Tensor:
     return Q * torch.where(values > 1e-11 * values.max(), values, torch.inf).rsqrt() @ Q.mT
 
 
-def tsv(given: Sequence[Given], call: Call, alpha: float = 1.0) -> Tensor:
+def tsv(given: Sequence[Given], call: Call, alpha: float | None = None) -> Tensor:
     parts = [svd(g.delta) for g in given]
     U, V = (torch.cat([part[side] for part in parts], 1) for side in (0, 2))
     S = torch.cat([g.w * part[1] for g, part in zip(given, parts, strict=True)])
+    alpha = len(given) ** 0.5 if alpha is None else alpha
     return alpha * (U @ inverse_root(U.mT @ U) * S) @ (V @ inverse_root(V.mT @ V)).mT
 
 
-def iso_c(given: Sequence[Given], call: Call, alpha: float = 1.0) -> Tensor:
+def iso_c(given: Sequence[Given], call: Call, alpha: float | None = None) -> Tensor:
     U, S, V = svd(summed(given))
+    alpha = len(given) ** 0.5 if alpha is None else alpha
     return alpha * S.mean() * U @ V.mT
 
 
-def iso_cts(given: Sequence[Given], call: Call, common: float = 0.8, alpha: float = 1.0) -> Tensor:
+def iso_cts(given: Sequence[Given], call: Call, common: float = 0.8, alpha: float | None = None) -> Tensor:
     whole = min(len(svd(torch.cat([g.delta for g in given], side))[1]) for side in (0, 1))
     k = max(1, round(common * whole))
     U, S, V = (X[..., :k] for X in svd(summed(given)))
@@ -186,6 +188,7 @@ def iso_cts(given: Sequence[Given], call: Call, common: float = 0.8, alpha: floa
         for j in range(min((whole - k) // len(given), real)):
             Us, Ss, Vs = [*Us, u[:, j : j + 1]], [*Ss, s[j : j + 1]], [*Vs, vh[j : j + 1].mT]
     left, right = torch.cat(Us, 1), torch.cat(Vs, 1)
+    alpha = len(given) ** 0.5 if alpha is None else alpha
     return alpha * torch.cat(Ss).mean() * left @ inverse_root(left.mT @ left) @ (right @ inverse_root(right.mT @ right)).mT
 
 
@@ -195,7 +198,7 @@ def core_space(given: Sequence[Given], call: Call, inner: str = "ties", density:
     cores = [Given(g.n, U.mT @ g.delta, V, g.w) for g in given]  # delta of a core is U^T delta V
     if inner == "ties":
         return lam * U @ ties(cores, call, density) @ V.mT
-    return lam * U @ (tsv if inner == "tsv" else iso_c)(cores, call) @ V.mT
+    return lam * U @ (tsv if inner == "tsv" else iso_c)(cores, call, alpha=1.0) @ V.mT
 
 
 def np_lora(given: Sequence[Given], call: Call, mu: float = 0.5) -> Tensor:
@@ -208,7 +211,8 @@ def np_lora(given: Sequence[Given], call: Call, mu: float = 0.5) -> Tensor:
 
 def ctm(given: Sequence[Given], call: Call, iterations: int = 10) -> Tensor:
     deltas = [g.delta for g in given]
-    r = call.rank or max(g.B.shape[1] for g in given)
+    ranks = [g.B.shape[1] for g in given]
+    r = call.rank or max(sum(ranks) // 2, *ranks)
     U, V = leading(torch.cat(deltas, 1), r), leading(torch.cat([X.mT for X in deltas], 1), r)
     for _ in range(iterations):
         U = leading(torch.cat([X @ V for X in deltas], 1), r)
@@ -264,7 +268,7 @@ def lego_units(given: Sequence[Given], canonical: str) -> list[Tensor]:
 def lego(given: Sequence[Given], call: Call, canonical: str = "svd") -> Tensor:
     units = lego_units(given, canonical)
     ranks = [len(lego_units([g], canonical)) for g in given]
-    k = min(call.rank or max(ranks), len(units))
+    k = min(call.rank or max(len(units) // 2, *ranks), len(units))
     units.sort(key=lambda unit: -float(unit.norm()))
     seed = seed_of(call.seed, call.module) % 2**32
     labels = KMeans(k, n_init=10, tol=0.0, random_state=seed).fit_predict(torch.stack(units).numpy())

@@ -18,7 +18,7 @@ from merge_algos.codecs import find, registry
 from merge_algos.errors import InvalidParams, NonFiniteTensor, ShapeMismatch, WrongCount
 from merge_algos.survey import Candidate, decode, decode_all, decode_task, encode
 
-FEW = settings(max_examples=12)
+FEW = settings(max_examples=5)
 every_codec = pytest.mark.parametrize("codec", registry())
 every_encoding = pytest.mark.parametrize(("codec", "quantize"), [(c, q) for c in registry() for q in QUANTIZE])
 SHAPE = (20, 14)
@@ -194,21 +194,20 @@ def test_it_does_not_matter_how_an_adapter_is_factored(codec: str) -> None:
         assert float((dense(one) - dense(other)).norm() / dense(one).norm()) < 1e-2
 
 
-@pytest.mark.parametrize("quantize", [q for q in QUANTIZE if q != "auto"])
-@pytest.mark.parametrize("codec", registry())
+@every_codec
 @pytest.mark.parametrize("shape", [(20, 14), (300, 260)])
-def test_auto_loses_no_more_than_any_one_encoding(codec: str, quantize: str, shape: tuple[int, int]) -> None:
+def test_auto_loses_no_more_than_any_one_encoding(codec: str, shape: tuple[int, int]) -> None:
     deltas = some(3, 3, shape)
-    for fraction in (0.1, 0.25, 0.5, 1.0):
+    for fraction in (0.1, 0.4, 1.0):
         budget = int(fraction * input_bytes(deltas))
         losses = [
             sum(
                 measured(d, x) / d.norm() ** 2
                 for d, x in zip(deltas, decode_all(fit(codec, deltas, budget, quantize=q)), strict=True)
             )
-            for q in ("auto", quantize)
+            for q in QUANTIZE
         ]
-        assert losses[0] <= losses[1] + 1e-12
+        assert losses[QUANTIZE.index("auto")] <= min(losses) + 1e-12
 
 
 def test_shared_spaces_are_stored_once() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cases import SEEDS, dense, random_delta
 from merge_algos import LowRankDelta
-from merge_algos.codec import distinct
+from merge_algos.codec import distinct, measured
 from merge_algos.codecs.rmm import Rmm, aligned, positions, principal
 from merge_algos.codecs.rmm_aligned import RmmAligned
 from merge_algos.errors import InvalidParams
@@ -115,6 +115,29 @@ def test_alignment_undoes_a_rotation_of_the_factors() -> None:
 def test_align_makes_rmm_the_aligned_codec() -> None:
     deltas = some(4, 3)
     assert torch.equal(Rmm(align=True).fit(deltas, 400).shared, RmmAligned().fit(deltas, 400).shared)
+
+
+@both
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
+def test_a_block_is_coded_as_in_its_place_so_no_error_is_below_that_of_its_block(
+    codec: type[Rmm] | type[RmmAligned], fraction: float
+) -> None:
+    deltas = [random_delta(2 * n, (2048, 3072), 2) for n in range(3)]
+    budget = int(fraction * 3 * 2 * 2 * (2048 + 3072))
+    for quantize in ("int8", "int4", "auto"):
+        chosen = codec(quantize=quantize)
+        _, problem = distinct(deltas, budget)
+        encoded, floors = chosen.fit(deltas, budget), chosen.floors(problem)
+        errors = [measured(d, x) for d, x in zip(deltas, decode_all(encoded), strict=True)]
+        met = [f for f in floors if f.size_bytes == encoded.size_bytes]
+        assert met and all(0.05 * e < least <= e for e, least in zip(errors, met[0].errors, strict=True))
+
+
+@both
+@pytest.mark.parametrize("shape", [(300, 2048), (2048, 2050)])
+def test_of_other_shapes_nothing_is_said_beforehand(codec: type[Rmm] | type[RmmAligned], shape: tuple[int, int]) -> None:
+    _, problem = distinct([random_delta(2 * n, shape, 2) for n in range(3)], 10_000)
+    assert not codec().floors(problem)
 
 
 def test_without_a_centre_the_mean_is_not_stored() -> None:

@@ -30,6 +30,7 @@ every_method = pytest.mark.parametrize("method", registry())
 NOT_NUMBERS = (math.nan, math.inf, -math.inf, "0.5", None, True, [0.5])
 FRACTION = (0.0, -0.1, 1.0001, *NOT_NUMBERS)
 FINITE = NOT_NUMBERS
+FINITE_OR_NULL = tuple(bad for bad in NOT_NUMBERS if bad is not None)
 NOT_NEGATIVE = (-0.1, *NOT_NUMBERS)
 CHOICE = ("no_such", "", None, 1)
 BAD: Mapping[str, Mapping[str, Sequence[Any]]] = {
@@ -38,8 +39,8 @@ BAD: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "ctm": {"iterations": (-1, 2.5, *NOT_NUMBERS)},
     "dare": {"density": FRACTION, "combine": CHOICE},
     "della": {"density": FRACTION, "window": (1.0, 1.1, *NOT_NEGATIVE), "combine": CHOICE, "lam": FINITE},
-    "iso_c": {"alpha": FINITE},
-    "iso_cts": {"common": FRACTION, "alpha": FINITE},
+    "iso_c": {"alpha": FINITE_OR_NULL},
+    "iso_cts": {"common": FRACTION, "alpha": FINITE_OR_NULL},
     "knots": {"density": FRACTION, "combine": CHOICE, "lam": FINITE},
     "lego": {"canonical": CHOICE},
     "magnitude_prune": {"density": FRACTION},
@@ -49,7 +50,7 @@ BAD: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "spectral": {"power": NOT_NEGATIVE, "scale": FINITE},
     "task_arithmetic": {},
     "ties": {"density": FRACTION, "lam": FINITE, "trim": CHOICE},
-    "tsv": {"alpha": FINITE},
+    "tsv": {"alpha": FINITE_OR_NULL},
 }
 BAD_POST: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "restore_norm": {"scale": FINITE},

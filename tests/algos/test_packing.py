@@ -7,12 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cases import SEEDS, randn
-from merge_algos.packing import BITS, GROUP, join, pack, pack_rice, packed_bytes, rice_bits, rice_bytes, split, value
+from merge_algos.packing import BITS, GROUP, Field, join, pack, pack_rice, packed_bytes, rice_bits, rice_bytes, split
 
 SHAPES = st.tuples(st.integers(0, 150), st.integers(0, 5))
 ENCODINGS = ("bf16", *BITS)
 every_encoding = pytest.mark.parametrize("encoding", ENCODINGS)
 every_width = pytest.mark.parametrize("encoding", BITS)
+
+
+def value(field: Field) -> torch.Tensor:
+    """What its bytes decode to, which is what it said they would."""
+    data, layout = join([field])
+    (decoded,) = split(layout, data).values()
+    assert torch.equal(decoded, field.matrix) and decoded.stride() == field.matrix.stride() and len(data) == field.size_bytes
+    return decoded.double()
 
 
 @every_encoding

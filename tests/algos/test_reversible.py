@@ -2,21 +2,21 @@
 
 import json
 import math
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cases import SEEDS, dense, random_delta
+from cases import dense, random_delta
 from merge_algos import Adapter, LowRankDelta
-from merge_algos.codecs import registry
+from merge_algos.codec import distinct
+from merge_algos.codecs import find, registry
 from merge_algos.errors import BaseModelMismatch, InvalidParams, NonFiniteResult, NonFiniteTensor, ShapeMismatch, WrongCount
-from merge_algos.reversible import Basis, Options, Survey, allocate, build_basis, encode, survey
+from merge_algos.reversible import Basis, Candidate, Options, Survey, allocate, build_basis, encode, survey
+from merge_algos.survey import decode_all
 
 SHAPES = {"q_proj": (24, 18), "v_proj": (12, 18), "down_proj": (30, 10)}
-FEW = settings(max_examples=4)
 
 
 def adapters(count: int = 3, seed: int = 0) -> list[Adapter]:
@@ -33,6 +33,7 @@ def names(count: int) -> list[str]:
     return [f"task{n}" for n in range(count)]
 
 
+@cache
 def built(count: int = 3, seed: int = 0, **options: Any) -> Basis:
     return build_basis(adapters(count, seed), names(count), Options(**options))
 
@@ -41,6 +42,7 @@ def whole_loss(basis: Basis) -> float:
     return sum(error**2 for error in basis.errors.values())
 
 
+@cache
 def surveys(options: Options, seed: int = 0) -> dict[str, Survey]:
     rows = {name: [a.delta(name, shape) for a in adapters(3, seed)] for name, shape in SHAPES.items()}
     return {name: survey(row, options, module=name, seed=0) for name, row in rows.items()}
@@ -65,13 +67,37 @@ def test_the_stated_errors_are_those_of_what_comes_back(codec: str, budget: floa
         assert math.isclose(basis.errors[name], math.sqrt(lost / total), rel_tol=1e-5)
 
 
-@FEW
-@given(seed=SEEDS, budget=st.sampled_from([0.1, 0.25, 0.5, 1.0]))
+@pytest.mark.parametrize(("seed", "budget"), [(0, 0.05), (0, 0.3), (0, 0.8), (7, 0.2)])
 def test_auto_is_never_worse_than_any_one_codec(seed: int, budget: float) -> None:
-    auto = built(seed=seed, budget=budget)
+    seeded = {"seed": seed} if seed else {}  # as the other tests ask, whose bases are kept
+    auto = built(codec="auto", budget=budget, **seeded)
     for codec in registry():
-        single = built(seed=seed, budget=budget, codec=codec)
+        single = built(codec=codec, budget=budget, **seeded)
         assert whole_loss(auto) <= whole_loss(single) * (1 + 1e-9)
+
+
+def test_nothing_is_lost_by_leaving_out_what_is_beaten() -> None:
+    given = [Adapter("org/base", {m: random_delta(10 * n + k, (2048, 2048), 3) for k, m in enumerate("ab")}) for n in range(3)]
+    importance = [1 / sum(d.norm() ** 2 for d in a.deltas.values()) for a in given]
+    losses = {}
+    for codec in ("auto", "rmm", "rmm_aligned"):
+        options = Options(codec=codec)
+        rows = {m: [a.deltas[m] for a in given] for m in "ab"}
+        found = {m: survey(row, options, module=m, seed=0, importance=importance) for m, row in rows.items()}
+        chosen = allocate(found, options)
+        losses[codec] = sum(w * e for c in chosen.values() for w, e in zip(importance, c.errors, strict=True))
+        left = {c.codec for c in found["a"].candidates if c.budget_bytes}
+        assert (codec in left) == (codec != "auto") and not (codec == "auto" and {"rmm", "rmm_aligned"} & left)
+    assert losses["auto"] <= min(losses.values())
+
+
+def test_a_plan_of_a_codec_that_was_left_out_takes_what_beat_it() -> None:
+    options = Options(budget=0.5)
+    kept = Candidate("truncate", {}, 40, 40, (0.2,))
+    nothing = [Candidate(codec, {}, 0, 0, (1.0,)) for codec in options.codecs]
+    shares = [Candidate(codec, {}, 50, 50, (0.9,)) for codec in options.codecs if codec != "rmm"]
+    whole = Survey((1, 1), 100, (1.0,), (*nothing, *shares, kept))
+    assert allocate({"a": whole, "b": whole}, options) == {"a": kept, "b": kept}
 
 
 def test_a_spread_by_error_is_never_worse_than_an_even_one() -> None:
@@ -100,15 +126,15 @@ def test_a_mix_can_be_cut_to_a_rank() -> None:
 
 
 def test_the_same_adapters_give_the_same_basis() -> None:
-    first, second = built(), built()
+    first, second = built(), build_basis(adapters(), names(3), Options())
     assert first.errors == second.errors
     for module, encoded in first.modules.items():
         assert torch.equal(encoded.shared, second.modules[module].shared) and encoded.layout == second.modules[module].layout
 
 
 def test_a_duplicate_costs_nothing() -> None:
-    plain, (first, *rest) = built(budget=0.4), adapters()
-    doubled = build_basis([first, *rest, first], [*names(3), "again"], Options(budget=0.4 * 3 / 4))
+    plain, (first, *rest) = built(codec="auto", budget=0.3), adapters()
+    doubled = build_basis([first, *rest, first], [*names(3), "again"], Options(budget=0.3 * 3 / 4))
     assert doubled.size_bytes <= plain.size_bytes * 1.25 and doubled.errors["again"] == doubled.errors["task0"]
 
 
@@ -155,7 +181,21 @@ def test_a_choice_alone_gives_the_surveyed_bytes_again() -> None:
             assert all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-30) for a, b in zip(squared, candidate.errors, strict=True))
 
 
-@pytest.mark.parametrize("budget", [1e-6, 0.01, 0.2, 0.5, 2.0])
+@pytest.mark.parametrize("common", [True, False])
+def test_a_codec_makes_the_bytes_of_its_stand_in(common: bool) -> None:
+    row = [random_delta(2 * n, (300, 280), 3) for n in range(4)]
+    row = [LowRankDelta(delta.B, row[0].A) for delta in row] if common else row
+    _, problem = distinct(row, 4 * 3 * 580)
+    hybrid = find("hybrid")()
+    name = hybrid.stand_in(problem, hybrid.prepare(problem))
+    assert name == ("tucker2" if common else "truncate")
+    own, other = hybrid.fit(row, problem.budget_bytes), find(name)().fit(row, problem.budget_bytes)
+    assert torch.equal(own.shared, other.shared) and all(torch.equal(a, b) for a, b in zip(own.parts, other.parts, strict=True))
+    for one, same in zip(decode_all(own), decode_all(other), strict=True):
+        assert torch.equal(one.B, same.B) and torch.equal(one.A, same.A)
+
+
+@pytest.mark.parametrize("budget", [1e-6, 0.2, 2.0])
 def test_an_allocation_is_within_the_budget(budget: float) -> None:
     options = Options(budget=budget)
     found = surveys(options)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.cli import app, store_app
+from app.cli import app, rmm_app, store_app
 from asking import Preloaded, Ran, braid, hub_files, make_named
 from hub_server import HubServer
 from making import Made, dense, dense_directory, make
@@ -19,7 +19,7 @@ from storage.files import FileBlobs
 
 MATH, CODE = make(101, r=3, base_model="org/cli"), make(102, r=2, base_model="org/cli")
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "report.json"]
-COMMANDS = ["serve", "worker", "merge", "import", "demo", "store gc", "store verify"]
+COMMANDS = ["serve", "worker", "merge", "reconstruct", "import", "demo", "rmm show", "store gc", "store verify"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,64 @@ def test_flags_override_a_recipe(
     assert [(a["weight"], a["weights_by_module"]) for a in used["adapters"]] == [(1.0, [["q_proj", 2.0]]), (-1.0, [])]
 
 
+# --- bases
+
+BASIS = ("--method", "rmm", "-p", "codec=truncate", "-p", "budget=1.0")
+
+
+@pytest.fixture(scope="module", params=["here", "there"])
+def basis(
+    request: pytest.FixtureRequest, server: Server, directories: tuple[Path, Path], data_dir: Path, preloaded: Preloaded
+) -> tuple[str, tuple[Any, ...], Path]:
+    """A basis made in the command's own process or on a server: its id, the flags to find it with, and where it was saved."""
+    flags = () if request.param == "here" else ("--url", server.url)
+    output = data_dir.parent / f"cli-basis-{request.param}"
+    ran = preloaded("merge", *directories, *BASIS, "-o", output, *flags, data_dir=data_dir)
+    assert ran.returncode == 0, ran.stderr
+    (command,) = [line for line in ran.stdout.splitlines() if line.startswith("braid reconstruct")]
+    assert command.split()[3:] == ["math", "-o", "math"]
+    return command.split()[2], flags, output
+
+
+def test_a_basis_is_saved_whole(basis: tuple[str, tuple[Any, ...], Path]) -> None:
+    assert sorted(contents(basis[2])) == ["basis.json", "basis.safetensors", "report.json"]
+
+
+def test_a_task_comes_back(
+    basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded
+) -> None:
+    ran = preloaded("reconstruct", basis[0], "math", "-o", tmp_path / "math", *basis[1], data_dir=data_dir)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    got, expected = dense_directory(tmp_path / "math"), dense(MATH)
+    assert max(float((got[m] - expected[m]).norm() / expected[m].norm()) for m in expected) < 1e-2
+
+
+def test_a_mix_comes_back_at_its_rank(
+    basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded
+) -> None:
+    ran = preloaded(
+        "reconstruct", basis[0], "math=0.5", "code=-2", "-r", "5", "-o", tmp_path / "mix", *basis[1], data_dir=data_dir
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    got, (a, b) = dense_directory(tmp_path / "mix"), (dense(MATH), dense(CODE))
+    assert max(float((got[m] - 0.5 * a[m] + 2 * b[m]).norm() / b[m].norm()) for m in a) < 4e-2
+
+
+def test_a_basis_shows_its_tasks(basis: tuple[str, tuple[Any, ...], Path], data_dir: Path, preloaded: Preloaded) -> None:
+    ran = preloaded("rmm", "show", basis[0], *basis[1], data_dir=data_dir)
+    assert ran.returncode == 0, ran.stderr
+    assert all(word in ran.stdout for word in ("math", "code", "truncate"))
+
+
+@pytest.mark.parametrize(
+    ("task", "mention"), [("law", "no task 'law'"), ("math=x", "'math=x' is neither a task nor task=weight")], ids=str
+)
+def test_a_task_that_cannot_be_is_refused(
+    basis: tuple[str, tuple[Any, ...], Path], task: str, mention: str, data_dir: Path, preloaded: Preloaded
+) -> None:
+    assert_refused(preloaded("reconstruct", basis[0], task, *basis[1], data_dir=data_dir), mention)
+
+
 # --- import and the store
 
 
@@ -175,7 +233,8 @@ def test_every_command_shows_an_example(command: str, data_dir: Path, preloaded:
 
 def test_no_command_is_left_out() -> None:
     top = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
-    below = [f"store {getattr(command.callback, '__name__', '')}" for command in store_app.registered_commands]
+    groups = [(group, getattr(c.callback, "__name__", "")) for group in (store_app, rmm_app) for c in group.registered_commands]
+    below = [f"{group.info.name} {name}" for group, name in groups]
     assert sorted(top + below) == sorted(COMMANDS)
 
 

@@ -44,8 +44,11 @@ def test_only_announced_answers_come_back(server: Server, operation: APIOperatio
 
 @pytest.fixture(scope="module")
 def existing(server: Server) -> dict[str, str]:
-    job = server.merge(server.add(make_named("org/openapi")))
-    return {"job_id": job["id"], "adapter_id": job["result"]["id"], "part": "README.md", "name": "task_arithmetic"}
+    source = server.add(make_named("org/openapi"))
+    job = server.merge(source)
+    basis = server.merge(source, method="rmm", parameters={"codec": "lossless"}, adapters=[{"source": source, "name": "math"}])
+    ids = {"job_id": job["id"], "adapter_id": job["result"]["id"], "basis_id": basis["result"]["id"]}
+    return {**ids, "task": "math", "part": "report.json", "name": "task_arithmetic"}
 
 
 @pytest.mark.parametrize(

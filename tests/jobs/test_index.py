@@ -85,7 +85,7 @@ def test_pages_of_adapters_are_newest_first_and_miss_none(index: Index) -> None:
 def test_adapters_are_the_roots(index: Index) -> None:
     index.add(record("a"))
     index.add(record("b"))
-    assert set(index.adapters()) == {record("a").id, record("b").id}
+    assert set(index.artefacts()) == {record("a").id, record("b").id}
 
 
 # results and names

@@ -10,7 +10,7 @@ from app.engine.child import TASKS, workbench
 from app.engine.direct import DirectExecutor
 from app.engine.executor import Stopped
 from app.engine.local import open_pool
-from app.engine.task import FetchTask
+from app.engine.messages import FetchTask
 from app.engine.workflow import Run, run_all
 from app.recipe import Recipe
 from app.resolve import resolve

@@ -1,0 +1,41 @@
+"""What a task runs with, and how it uses the CPU."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from app.adapters import OpenAdapter
+from app.services import Services
+from merge_algos.lowrank import LowRankDelta
+from storage.digest import Digest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """What a task runs with: the services, a device, CPU threads, and how to open an adapter (a caller may keep them open)."""
+
+    services: Services
+    device: str
+    threads: int
+    open_adapter: Callable[[Digest], OpenAdapter]
+
+    def deltas(self, inputs: Iterable[Digest], module: str, shape: tuple[int, int]) -> list[LowRankDelta]:
+        """One module of these adapters, on the device."""
+        return [self.open_adapter(digest).delta(module, shape, self.device) for digest in inputs]
+
+    def side_by_side(self, one: Callable[[str], T], names: Iterable[str]) -> list[T]:
+        """`one` of every name, in order, each by one thread: small matrices gain little from more, and bytes never depend on it.
+
+        Raises the first error, in order; what has not begun by then does not begin.
+        """
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(one, name) for name in names]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                pool.shutdown(cancel_futures=True)

@@ -1,0 +1,90 @@
+"""What a child process is asked to do between two checkpoints: values that name their inputs by digest.
+
+A task is answered with a descriptor, so it can run in any process that reaches the store, and running it twice stores the
+same bytes once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from storage.digest import Descriptor, Digest
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTask:
+    """Bring one pinned source into the store: answers with the adapter's manifest."""
+
+    source: str
+    kind: Literal["fetch"] = "fetch"
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyTask:
+    """Look at some modules before any is merged: answers with their findings, pooled, in JSON.
+
+    known: what the rounds before have settled, None in the first.
+    """
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    modules: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, tuple[float, ...]]
+    number: int
+    known: Any = None
+    kind: Literal["survey"] = "survey"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
+
+    known: what a survey has settled of the whole adapters, None where the method asks for none.
+    """
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    modules: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, tuple[float, ...]]
+    number: int
+    known: Any = None
+    kind: Literal["shard"] = "shard"
+
+
+@dataclass(frozen=True, slots=True)
+class AssembleTask:
+    """Put the shards together, in order: answers with the merged adapter's manifest."""
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    base_model: str
+    shards: tuple[Descriptor, ...]
+    kind: Literal["assemble"] = "assemble"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTask:
+    """Encode some modules of a basis: answers with a shard, as ShardTask. group: the number they will have in the basis."""
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    modules: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, tuple[float, ...]]
+    number: int
+    known: Any = None
+    group: int = 0
+    kind: Literal["encode"] = "encode"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTask:
+    """Put the shards together as a basis, after those of the basis it extends: answers with the basis's manifest."""
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    base_model: str
+    shards: tuple[Descriptor, ...]
+    kind: Literal["join"] = "join"
+
+
+Task = FetchTask | SurveyTask | ShardTask | AssembleTask | EncodeTask | JoinTask

@@ -1,0 +1,294 @@
+"""One adapter out of a basis: a task as it was, or a mix of tasks. Asking twice is asking once.
+
+It takes about as long as writing the adapter, so it is done while the caller waits, and reads only what it needs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app import adapters, ingest
+from app.adapters import OpenAdapter
+from app.bases import OpenBasis, Place
+from app.card import reconstruction_card
+from app.engine.child import workbench
+from app.engine.local import threads_for
+from app.errors import UnknownTask
+from app.services import Services
+from merge_algos.errors import NonFiniteResult
+from merge_algos.formats import peft
+from merge_algos.lowrank import LowRankDelta, distance, weighted_sum
+from merge_algos.merge import reduce
+from merge_algos.protocol import ModuleContext
+from merge_algos.rank import RankRule
+from storage.digest import Descriptor, Digest
+from storage.index import AdapterRecord, BasisRecord, now
+from storage.lossless import unpack
+from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, MEDIA_TENSORS, AdapterManifest, Source, canonical_json
+from storage.tensor_writer import TensorSpec
+
+Shapes = Mapping[str, tuple[int, int]]
+Read = Callable[[str], LowRankDelta]  # a task's delta of one module, weighed
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """report: the certificate, as `report.json`."""
+
+    record: AdapterRecord
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Module:
+    name: str
+    delta: LowRankDelta
+    norm: float
+    relative_error: float
+    rounding_error: float
+
+
+def reconstruct(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Rebuilt:
+    """The adapter of one task at weight 1, or the weighted sum of several; from the store if it was asked for before.
+
+    Raises UnknownTask, BlobNotFound or NonFiniteResult.
+    """
+    known = held(services, basis, weights, rule)
+    if known is not None:
+        return known
+    # in the basis's order: that of the caller's weights is not part of what is asked, so it must not show in the bytes
+    ordered = {task: weights[task] for task in basis.tasks if task in weights}
+    return _make(services, basis, ordered, rule, _identity(basis, weights, rule))
+
+
+def held(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Rebuilt | None:
+    """What was asked for before and is still whole. Raises UnknownTask."""
+    for task in weights:
+        if task not in basis.tasks:
+            raise UnknownTask(task, basis.tasks)
+    known = services.index.result(_identity(basis, weights, rule))
+    record = services.index.get(known.target) if known is not None else None
+    if record is None or not ingest.complete(services, record.id):
+        return None
+    return Rebuilt(record, _report(services, record.id))
+
+
+def _identity(basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Digest:
+    asked = {"schema": 1, "basis": str(basis.id), "weights": dict(weights), "rank": asdict(rule)}
+    return Digest.of(canonical_json(asked))
+
+
+def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], rule: RankRule, identity: Digest) -> Rebuilt:
+    opened = OpenBasis.open(services.blobs, basis.id)
+    with closing(opened.tensors):
+        places = {task: opened.place(task) for task in weights}
+        alone = list(weights.values()) == [1.0] and rule == RankRule()
+        if alone and _is_verbatim(opened, *places.values()):
+            parts, report = _verbatim(services, opened, *places.values(), asked=(basis, weights, identity))
+        else:
+            parts, report = _decoded(services, opened, basis, places, weights, rule, identity)
+    licences = {opened.task(place)["licence"] for place in places.values()}
+    manifest = AdapterManifest(
+        base_model=opened.manifest.base_model,
+        config=parts[0],
+        weights=parts[1],
+        source=Source("basis", str(identity)),
+        licence=licences.pop() if len(licences) == 1 else None,
+        inputs=(basis.id,),
+        report=services.blobs.put([canonical_json(report)], media_type=MEDIA_JSON),
+        card=services.blobs.put([reconstruction_card(report, opened.manifest.base_model).encode()], media_type=MEDIA_MARKDOWN),
+    )
+    stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
+    record = _record(services, manifest, stored.digest, basis)
+    services.index.publish(identity, record, manifest.inputs)
+    return Rebuilt(record, report)
+
+
+def _verbatim(
+    services: Services, opened: OpenBasis, place: Place, *, asked: tuple[BasisRecord, Mapping[str, float], Digest]
+) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+    """The adapter's own two files. Raises DigestMismatch if they are not."""
+    layout = opened.group(place)["layout"]
+    config, weights = unpack(layout, place.position, opened.tensors.view)
+    expected = Descriptor.from_json(layout["tasks"][place.position]["weights"]).digest
+    parts = (
+        services.blobs.put([config], media_type=MEDIA_JSON),
+        services.blobs.put(weights, media_type=MEDIA_TENSORS, expected=expected),
+    )
+    return parts, _certificate(*asked, error=0.0, modules=())
+
+
+def _decoded(
+    services: Services,
+    opened: OpenBasis,
+    basis: BasisRecord,
+    places: Mapping[str, Place],
+    weights: Mapping[str, float],
+    rule: RankRule,
+    identity: Digest,
+) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+    shapes = _shapes(services, opened, basis, places)
+    bench = workbench(services, "cpu", threads_for(services.settings, 1))
+    readers = [_reader(services, opened, basis, task, place) for task, place in places.items()]
+    dtype = _dtype(opened, list(places.values()))
+    one = partial(_module, readers, list(weights.values()), shapes, rule, dtype)
+    modules = bench.side_by_side(one, list(shapes))
+    ranks = {m.name: max(m.delta.rank, 1) for m in modules}
+    if opened.group(next(iter(places.values())))["profile"] == "portable":
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    report = _certificate(basis, weights, identity, error=_error(opened, places, weights, modules), modules=modules)
+    return (_put_config(services, opened, places, ranks), _put_weights(services, modules, ranks)), report
+
+
+def _reader(services: Services, opened: OpenBasis, basis: BasisRecord, task: str, place: Place) -> Callable[..., LowRankDelta]:
+    """(module, shape) -> the task's delta; rank 0 where it has none."""
+    if _is_verbatim(opened, place):
+        adapter = OpenAdapter.open(services.blobs, reconstruct(services, basis, {task: 1.0}, RankRule()).record.id)
+        return lambda module, shape: adapter.delta(module, shape, "cpu")
+    own = opened.task(place)["modules"]
+    return lambda module, shape: opened.delta(place, module) if module in own else LowRankDelta.zero(*shape)
+
+
+def _module(
+    readers: Sequence[Callable[..., LowRankDelta]],
+    weights: Sequence[float],
+    shapes: Shapes,
+    rule: RankRule,
+    dtype: torch.dtype,
+    name: str,
+) -> _Module:
+    deltas = [read(name, shapes[name]) for read in readers]
+    whole = deltas[0] if list(weights) == [1.0] else weighted_sum(deltas, weights)
+    _check_finite(whole, name)  # a weight may be too large for what it weighs
+    cut = reduce(whole, ModuleContext(name, 0, rule)) if rule != RankRule() or whole.rank > min(whole.shape) else None
+    finished = cut.delta if cut else whole
+    shipped = finished.to(dtype)
+    _check_finite(shipped, name)
+    norm = cut.norm if cut else whole.norm()
+    rounding = distance(finished, shipped)
+    return _Module(name, shipped, norm, math.sqrt(cut.lost) if cut else 0.0, rounding / norm if norm else 0.0)
+
+
+def _check_finite(delta: LowRankDelta, module: str) -> None:
+    if not (delta.B.isfinite().all() and delta.A.isfinite().all()):
+        raise NonFiniteResult(module, str(delta.B.dtype).removeprefix("torch."))
+
+
+def _shapes(services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
+    """Module -> shape, of all modules that any of the tasks has."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for task, place in places.items():
+        if _is_verbatim(opened, place):
+            rebuilt = reconstruct(services, basis, {task: 1.0}, RankRule())
+            shapes |= OpenAdapter.open(services.blobs, rebuilt.record.id).spec.shapes
+        else:
+            known = opened.shapes[place.group]
+            shapes |= {module: known[module] for module in opened.task(place)["modules"]}
+    return shapes
+
+
+def _error(opened: OpenBasis, places: Mapping[str, Place], weights: Mapping[str, float], modules: Sequence[_Module]) -> float:
+    """The measured error of one task; of a mix, or what is cut, at most the sum of what was lost, relative to the norm."""
+    cut = math.sqrt(math.fsum((m.relative_error * m.norm) ** 2 for m in modules))
+    if list(weights.values()) == [1.0] and cut == 0.0:
+        (place,) = places.values()
+        return float(opened.task(place)["relative_error"])
+    lost = sum(abs(weights[task]) * _lost(opened, place) for task, place in places.items())
+    total = math.sqrt(math.fsum(m.norm**2 for m in modules))
+    return (lost + cut) / total if total else 0.0
+
+
+def _lost(opened: OpenBasis, place: Place) -> float:
+    """Frobenius norm of what the basis lost of a task."""
+    modules = opened.modules(place).values()
+    return math.sqrt(math.fsum((m["errors"][place.position] * m["norms"][place.position]) ** 2 for m in modules))
+
+
+def _certificate(
+    basis: BasisRecord, weights: Mapping[str, float], identity: Digest, *, error: float, modules: Sequence[_Module]
+) -> dict[str, Any]:
+    total = math.fsum(m.norm**2 for m in modules)
+    rounded = math.fsum((m.rounding_error * m.norm) ** 2 for m in modules)
+    return {
+        "schema": 1,
+        "kind": "reconstruction",
+        "basis": str(basis.id),
+        "weights": dict(weights),
+        "digest": str(identity),
+        "relative_error": error,
+        "rounding_error": math.sqrt(rounded / total) if total else 0.0,
+        "modules": [
+            {"module": m.name, "rank": m.delta.rank, "cut_error": m.relative_error, "rounding_error": m.rounding_error}
+            for m in modules
+        ],
+    }
+
+
+def _put_config(services: Services, opened: OpenBasis, places: Mapping[str, Place], ranks: Mapping[str, int]) -> Descriptor:
+    tasks = [opened.task(place) for place in places.values()]
+    config = peft.config_for(
+        base_model=opened.manifest.base_model,
+        revision=_agreed([task["revision"] for task in tasks]),
+        task_type=_agreed([task["task_type"] for task in tasks]),
+        fan_in_fan_out=any(task["fan_in_fan_out"] for task in tasks),
+        ranks=ranks,
+    )
+    return services.blobs.put([canonical_json(config)], media_type=MEDIA_JSON)
+
+
+def _put_weights(services: Services, modules: Sequence[_Module], ranks: Mapping[str, int]) -> Descriptor:
+    """Each module padded with zeros to its rank."""
+    halves: dict[str, tuple[Tensor, int]] = {}
+    for m in modules:
+        lora_A, lora_B = peft.factor_names(m.name)
+        halves |= {lora_A: (m.delta.A, ranks[m.name]), lora_B: (m.delta.B, ranks[m.name])}
+    specs = [TensorSpec(name, adapters.spelling(X.dtype), _padded_shape(name, X, r)) for name, (X, r) in halves.items()]
+    return adapters.put_tensors(services.blobs, specs, lambda name: adapters.padded(name, *halves[name]))
+
+
+def _padded_shape(name: str, factor: Tensor, r: int) -> tuple[int, int]:
+    return (r, factor.shape[1]) if peft.is_lora_A(name) else (factor.shape[0], r)
+
+
+def _dtype(opened: OpenBasis, places: Sequence[Place]) -> torch.dtype:
+    """The widest of what the tasks' recipes say, or of their own where they say nothing."""
+    asked = [(opened.group(place)["dtype"], opened.task(place)["dtype"]) for place in places]
+    return adapters.widest(own if said == "auto" else adapters.spelling(getattr(torch, said)) for said, own in asked)
+
+
+def _record(services: Services, manifest: AdapterManifest, digest: Digest, basis: BasisRecord) -> AdapterRecord:
+    spec = OpenAdapter.open(services.blobs, digest).spec
+    return AdapterRecord(
+        id=digest,
+        base_model=spec.base_model,
+        modules=len(spec.modules),
+        rank=spec.rank,
+        size_bytes=manifest.weights.size_bytes,
+        source=manifest.source,
+        licence=manifest.licence,
+        restricted=basis.restricted,
+        created_at=now(),
+    )
+
+
+def _report(services: Services, adapter: Digest) -> Mapping[str, Any]:
+    report = adapters.read_manifest(services.blobs, adapter).report
+    assert report is not None
+    with services.blobs.open(report.digest) as stream:
+        found: Mapping[str, Any] = json.load(stream)
+    return found
+
+
+def _is_verbatim(opened: OpenBasis, place: Place) -> bool:
+    return opened.group(place)["layout"] is not None
+
+
+def _agreed(values: Sequence[str | None]) -> str | None:
+    return values[0] if len(set(values)) == 1 else None
