@@ -75,6 +75,11 @@ def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.Ada
     return spec
 
 
+def agreed(values: Sequence[str | None]) -> str | None:
+    """The value that all inputs share, or none."""
+    return values[0] if len(set(values)) == 1 else None
+
+
 def widest(dtypes: Iterable[str]) -> torch.dtype:
     """What dtype `auto` means: the narrowest type that holds every input's values."""
     distinct = set(dtypes)

@@ -12,9 +12,9 @@ from app.console import basis_table
 from app.errors import InvalidField, UnknownBasis
 from app.ingest import check_access
 from app.reconstruct import reconstruct
+from app.report import read_report
 from app.services import Services
 from app.settings import Settings
-from app.views import certificate
 from merge_algos.rank import RankRule
 from storage.digest import Digest
 from storage.index import BasisRecord
@@ -69,7 +69,7 @@ def tell(lost: tuple[float, float], output: Path, console: Console) -> None:
 
 def show_here(settings: Settings, basis: str, console: Console) -> None:
     services = Services.open(settings)
-    console.print(basis_table(certificate(services, _find(services, basis).id) or {}))
+    console.print(basis_table(read_report(services.blobs, _find(services, basis).id) or {}))
 
 
 def show_there(url: str, basis: str, console: Console) -> None:

@@ -22,11 +22,11 @@ from app.engine.direct import DirectExecutor
 from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField
+from app.report import read_report
 from app.resolve import resolve
 from app.schemas import TASK_NAME, MergeRequest
 from app.services import Services
 from app.settings import Settings
-from app.views import certificate
 from storage.digest import Digest
 from storage.errors import BadSource
 from storage.gc import collect
@@ -93,7 +93,7 @@ def merge_here(settings: Settings, request: Mapping[str, Any], output: Path, con
         with progress_bar(console) as report:
             artefact = run_all(Run(services, recipe, executor, report, stop=lambda: False))
     save(services, artefact, output)
-    return Merged(str(artefact), certificate(services, artefact) or {})
+    return Merged(str(artefact), read_report(services.blobs, artefact) or {})
 
 
 def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:

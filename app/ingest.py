@@ -85,7 +85,7 @@ def complete(services: Services, artefact: Digest) -> bool:
 
 def describe_merged(services: Services, manifest: AdapterManifest, digest: Digest, spec: AdapterSpec) -> AdapterRecord:
     """The index row of a merge result: as restricted as all its inputs together."""
-    return _row(manifest, digest, spec, restrictions(services, manifest.inputs))
+    return describe(manifest, digest, spec, restrictions(services, manifest.inputs))
 
 
 def describe_basis(
@@ -142,12 +142,13 @@ def _record(
     spec = check(services.blobs, config, weights)
     manifest = AdapterManifest(spec.base_model, config, weights, source, licence)
     stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
-    record = _row(manifest, stored.digest, spec, restricted)
+    record = describe(manifest, stored.digest, spec, restricted)
     services.index.add(record)
     return record
 
 
-def _row(manifest: AdapterManifest, digest: Digest, spec: AdapterSpec, restricted: tuple[str, ...]) -> AdapterRecord:
+def describe(manifest: AdapterManifest, digest: Digest, spec: AdapterSpec, restricted: tuple[str, ...]) -> AdapterRecord:
+    """The index row of an adapter. restricted: Hub sources whose access is checked again before it is handed out."""
     return AdapterRecord(
         id=digest,
         base_model=spec.base_model,

@@ -3,7 +3,6 @@
 It takes about as long as writing the adapter, so it is done while the caller waits, and reads only what it needs.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -21,6 +20,7 @@ from app.card import reconstruction_card
 from app.engine.child import workbench
 from app.engine.local import threads_for
 from app.errors import UnknownTask
+from app.report import read_report
 from app.services import Services
 from merge_algos.errors import NonFiniteResult
 from merge_algos.formats import peft
@@ -29,13 +29,12 @@ from merge_algos.merge import reduce
 from merge_algos.protocol import ModuleContext
 from merge_algos.rank import RankRule
 from storage.digest import Descriptor, Digest
-from storage.index import AdapterRecord, BasisRecord, now
+from storage.index import AdapterRecord, BasisRecord
 from storage.lossless import unpack
 from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, MEDIA_TENSORS, AdapterManifest, Source, canonical_json
 from storage.tensor_writer import TensorSpec
 
 Shapes = Mapping[str, tuple[int, int]]
-Read = Callable[[str], LowRankDelta]  # a task's delta of one module, weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,8 @@ def held(services: Services, basis: BasisRecord, weights: Mapping[str, float], r
     record = services.index.get(known.target) if known is not None else None
     if record is None or not ingest.complete(services, record.id):
         return None
-    return Rebuilt(record, _report(services, record.id))
+    report = read_report(services.blobs, record.id)
+    return Rebuilt(record, report) if report else None
 
 
 def _identity(basis: BasisRecord, weights: Mapping[str, float], rule: RankRule) -> Digest:
@@ -94,19 +94,19 @@ def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], 
             parts, report = _verbatim(services, opened, *places.values(), asked=(basis, weights, identity))
         else:
             parts, report = _decoded(services, opened, basis, places, weights, rule, identity)
-    licences = {opened.task(place)["licence"] for place in places.values()}
     manifest = AdapterManifest(
         base_model=opened.manifest.base_model,
         config=parts[0],
         weights=parts[1],
         source=Source("basis", str(identity)),
-        licence=licences.pop() if len(licences) == 1 else None,
+        licence=adapters.agreed([opened.task(place)["licence"] for place in places.values()]),
         inputs=(basis.id,),
         report=services.blobs.put([canonical_json(report)], media_type=MEDIA_JSON),
         card=services.blobs.put([reconstruction_card(report, opened.manifest.base_model).encode()], media_type=MEDIA_MARKDOWN),
     )
     stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
-    record = _record(services, manifest, stored.digest, basis)
+    spec = OpenAdapter.open(services.blobs, stored.digest).spec
+    record = ingest.describe(manifest, stored.digest, spec, basis.restricted)
     services.index.publish(identity, record, manifest.inputs)
     return Rebuilt(record, report)
 
@@ -235,8 +235,8 @@ def _put_config(services: Services, opened: OpenBasis, places: Mapping[str, Plac
     tasks = [opened.task(place) for place in places.values()]
     config = peft.config_for(
         base_model=opened.manifest.base_model,
-        revision=_agreed([task["revision"] for task in tasks]),
-        task_type=_agreed([task["task_type"] for task in tasks]),
+        revision=adapters.agreed([task["revision"] for task in tasks]),
+        task_type=adapters.agreed([task["task_type"] for task in tasks]),
         fan_in_fan_out=any(task["fan_in_fan_out"] for task in tasks),
         ranks=ranks,
     )
@@ -263,32 +263,5 @@ def _dtype(opened: OpenBasis, places: Sequence[Place]) -> torch.dtype:
     return adapters.widest(own if said == "auto" else adapters.spelling(getattr(torch, said)) for said, own in asked)
 
 
-def _record(services: Services, manifest: AdapterManifest, digest: Digest, basis: BasisRecord) -> AdapterRecord:
-    spec = OpenAdapter.open(services.blobs, digest).spec
-    return AdapterRecord(
-        id=digest,
-        base_model=spec.base_model,
-        modules=len(spec.modules),
-        rank=spec.rank,
-        size_bytes=manifest.weights.size_bytes,
-        source=manifest.source,
-        licence=manifest.licence,
-        restricted=basis.restricted,
-        created_at=now(),
-    )
-
-
-def _report(services: Services, adapter: Digest) -> Mapping[str, Any]:
-    report = adapters.read_manifest(services.blobs, adapter).report
-    assert report is not None
-    with services.blobs.open(report.digest) as stream:
-        found: Mapping[str, Any] = json.load(stream)
-    return found
-
-
 def _is_verbatim(opened: OpenBasis, place: Place) -> bool:
     return opened.group(place)["layout"] is not None
-
-
-def _agreed(values: Sequence[str | None]) -> str | None:
-    return values[0] if len(set(values)) == 1 else None

@@ -1,5 +1,6 @@
 """The certificate of a merge: what was lost, module by module, and in all."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,8 +9,9 @@ from typing import Any
 from app.recipe import Recipe
 from merge_algos import catalogue, methods
 from merge_algos.merge import ModuleReport
+from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
-from storage.manifest import AdapterManifest
+from storage.manifest import AdapterManifest, named_parts
 
 _NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves of a sum that cancels
 
@@ -28,6 +30,19 @@ def certificate(
         "worst_module": _worst(modules),
         "modules": [asdict(module) for module in modules],
     }
+
+
+def read_report(blobs: BlobStore, artefact: Digest) -> dict[str, Any] | None:
+    """The report of a merged adapter or a basis; None for one that was imported, or whose blobs were deleted."""
+    if blobs.stat(artefact) is None:
+        return None
+    with blobs.open(artefact) as stream:
+        report = named_parts(stream.read()).get("report.json")
+    if report is None or blobs.stat(report.digest) is None:
+        return None
+    with blobs.open(report.digest) as stream:
+        document: dict[str, Any] = json.load(stream)
+    return document
 
 
 def basis_certificate(recipe: Recipe, groups: Sequence[Mapping[str, Any]], tensors: Descriptor) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """From records to what callers see. Links are paths, so they hold behind any proxy."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from app.adapters import read_manifest
 from app.bases import read_basis
 from app.reconstruct import Rebuilt
+from app.report import read_report
 from app.schemas import (
     AdapterView,
     BasisView,
@@ -26,7 +26,6 @@ from merge_algos import catalogue, post
 from storage.digest import Digest
 from storage.index import AdapterRecord, BasisRecord, Result
 from storage.jobs import Job
-from storage.manifest import named_parts
 
 
 def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
@@ -41,24 +40,11 @@ def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
         progress=Progress(stage=job.stage, done=job.done, total=job.total),
         result=shown,
         error=Problem(**job.error) if job.error else None,
-        certificate=certificate(services, result.target) if result and detail else None,
+        certificate=read_report(services.blobs, result.target) if result and detail else None,
         links={"self": f"/jobs/{job.id}", "events": f"/jobs/{job.id}/events"},
         created_at=utc(job.created_at),
         finished_at=utc(job.finished_at) if job.finished_at else None,
     )
-
-
-def certificate(services: Services, artefact: Digest) -> dict[str, Any] | None:
-    """The report of a merged adapter or a basis; None for one that was imported, or whose blobs were deleted."""
-    if services.blobs.stat(artefact) is None:
-        return None
-    with services.blobs.open(artefact) as stream:
-        report = named_parts(stream.read()).get("report.json")
-    if report is None or services.blobs.stat(report.digest) is None:
-        return None
-    with services.blobs.open(report.digest) as stream:
-        document: dict[str, Any] = json.load(stream)
-    return document
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:
@@ -92,7 +78,7 @@ def adapter_links(services: Services, adapter: Digest) -> dict[str, str]:
 def basis_view(services: Services, record: BasisRecord) -> BasisView:
     """A basis that is whole, with the first of its names. As of an adapter: its files are private, not what it is."""
     names = services.index.names_of(record.id)
-    report = certificate(services, record.id) or {}
+    report = read_report(services.blobs, record.id) or {}
     totals = report["totals"]
     return BasisView(
         id=str(record.id),

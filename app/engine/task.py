@@ -109,7 +109,7 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
         config=blobs.put([canonical_json(_config(task, bench, ranks))], media_type=MEDIA_JSON),
         weights=_put_weights(blobs, shards, ranks),
         source=Source("merge", str(recipe.digest)),
-        licence=_licence([manifest for _, manifest in inputs]),
+        licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=task.inputs,
         report=blobs.put([canonical_json(report)], media_type=MEDIA_JSON),
         card=blobs.put([model_card(report, task.base_model).encode()], media_type=MEDIA_MARKDOWN),
@@ -127,8 +127,8 @@ def _config(task: AssembleTask, bench: Workbench, ranks: Mapping[str, int]) -> d
     specs = [bench.open_adapter(digest).spec for digest in task.inputs]
     return peft.config_for(
         base_model=task.base_model,
-        revision=_agreed([spec.revision for spec in specs]),
-        task_type=_agreed([spec.task_type for spec in specs]),
+        revision=adapters.agreed([spec.revision for spec in specs]),
+        task_type=adapters.agreed([spec.task_type for spec in specs]),
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
         ranks=ranks,
     )
@@ -148,12 +148,3 @@ def _put_weights(blobs: BlobStore, shards: Sequence[adapters.Shard], ranks: Mapp
 def _padded_spec(file: TensorFile, name: str, r: int) -> TensorSpec:
     info = file.header.tensors[name]
     return TensorSpec(name, info.dtype, (r, info.shape[1]) if peft.is_lora_A(name) else (info.shape[0], r))
-
-
-def _agreed(values: Sequence[str | None]) -> str | None:
-    """The value all inputs share, or none."""
-    return values[0] if len(set(values)) == 1 else None
-
-
-def _licence(inputs: Sequence[AdapterManifest]) -> str | None:
-    return _agreed([manifest.licence for manifest in inputs])
