@@ -10,6 +10,10 @@ RequestError
 ├── BadUpload             the form lacks a file, or has one more
 ├── UnsupportedMediaType  the body is neither JSON nor, where that is taken, a form
 ├── NotReady              a part of the service cannot be used
+├── BadData               rows or a head that a method cannot learn from
+├── BadBase               a base model that cannot be loaded, or not for this
+├── MissingExtra          an optional library is not installed
+├── OutOfMemory           training does not fit the device, not even with half of the batch
 ├── WorkerLost            the process of a job died too often
 └── WorkerBusy            another worker of that name runs on this data directory
 """
@@ -106,6 +110,40 @@ class NotReady(RequestError):
 
 
 @dataclass(eq=False)
+class BadData(RequestError):
+    task: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"task {self.task[:100]!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class BadBase(RequestError):
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the base model cannot be used: {self.reason}"
+
+
+@dataclass(eq=False)
+class MissingExtra(RequestError):
+    library: str
+    extra: str
+
+    def __str__(self) -> str:
+        return f"this needs {self.library}, which is not installed; pip install 'lora-braid[{self.extra}]'"
+
+
+@dataclass(eq=False)
+class OutOfMemory(RequestError):
+    device: str
+
+    def __str__(self) -> str:
+        return f"training does not fit {self.device} with half of the batch either; a smaller batch_size or max_length helps"
+
+
+@dataclass(eq=False)
 class WorkerLost(RequestError):
     deaths: int
 
@@ -131,6 +169,10 @@ STATUS: Mapping[type[Exception], int] = {
     BadUpload: 400,
     UnsupportedMediaType: 415,
     NotReady: 503,
+    BadData: 422,
+    BadBase: 422,
+    MissingExtra: 501,
+    OutOfMemory: 507,
     WorkerLost: 500,
     WorkerBusy: 409,
     merging.UnknownMethod: 422,
@@ -143,6 +185,7 @@ STATUS: Mapping[type[Exception], int] = {
     merging.ShapeMismatch: 422,
     merging.NonFiniteTensor: 422,
     merging.NonFiniteResult: 422,
+    merging.TrainingDiverged: 422,
     merging.UnsupportedAdapter: 422,
     storing.BadDigest: 422,
     storing.BlobNotFound: 404,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from app.adapters import read_manifest
+from app.adapters import read_json, read_manifest
 from app.bases import read_basis
 from app.reconstruct import Rebuilt
 from app.report import read_report
@@ -12,6 +12,7 @@ from app.schemas import (
     AdapterView,
     BasisView,
     JobView,
+    Learning,
     MethodView,
     PostStepView,
     Problem,
@@ -40,11 +41,21 @@ def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
         progress=Progress(stage=job.stage, done=job.done, total=job.total),
         result=shown,
         error=Problem(**job.error) if job.error else None,
+        learning=_learning(services, job) if detail else None,
         certificate=read_report(services.blobs, result.target) if result and detail else None,
         links={"self": f"/jobs/{job.id}", "events": f"/jobs/{job.id}/events"},
         created_at=utc(job.created_at),
         finished_at=utc(job.finished_at) if job.finished_at else None,
     )
+
+
+def _learning(services: Services, job: Job) -> Learning | None:
+    """The last checkpoint of a job that is under way, failed or cancelled; a succeeded one's certificate has its training."""
+    checkpoint = services.jobs.checkpoint(job.id)
+    if checkpoint is None or services.blobs.stat(checkpoint.digest) is None:
+        return None
+    found = read_json(services.blobs, checkpoint.digest)
+    return Learning(**found["training"], best=found["table"])
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:

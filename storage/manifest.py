@@ -42,6 +42,7 @@ class AdapterManifest:
     inputs: tuple[Digest, ...] = ()
     report: Descriptor | None = None
     card: Descriptor | None = None
+    coefficients: Descriptor | None = None
 
     @property
     def parts(self) -> dict[str, Descriptor]:
@@ -51,6 +52,7 @@ class AdapterManifest:
             "adapter_model.safetensors": self.weights,
             "report.json": self.report,
             "README.md": self.card,
+            "coefficients.json": self.coefficients,
         }
         return {name: part for name, part in named.items() if part is not None}
 
@@ -79,6 +81,7 @@ class AdapterManifest:
             inputs=tuple(Digest.parse(text) for text in document["inputs"]),
             report=parts.get("report.json"),
             card=parts.get("README.md"),
+            coefficients=parts.get("coefficients.json"),
         )
 
 
