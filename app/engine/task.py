@@ -1,6 +1,6 @@
 """One piece of a merge: what a child process does between two checkpoints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial, reduce
 from typing import Any, cast
@@ -31,24 +31,20 @@ _RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
     """Raises the errors of the libraries as they are; who called turns them into a problem."""
-    match task:
-        case FetchTask():
-            return _fetch(task, bench.services)
-        case LearnTask():
-            return learning.advance(task, bench)
-        case SurveyTask():
-            return _survey(task, bench)
-        case ShardTask():
-            return _merge_shard(task, bench)
-        case AssembleTask():
-            return _assemble(task, bench)
-        case EncodeTask():
-            return basis.encode_shard(task, bench)
-        case JoinTask():
-            return basis.join(task, bench)
+    bodies: Mapping[type[Task], Callable[..., Descriptor]] = {
+        FetchTask: _fetch,
+        LearnTask: learning.advance,
+        SurveyTask: _survey,
+        ShardTask: _merge_shard,
+        AssembleTask: _assemble,
+        EncodeTask: basis.encode_shard,
+        JoinTask: basis.join,
+    }
+    return bodies[type(task)](task, bench)
 
 
-def _fetch(task: FetchTask, services: Services) -> Descriptor:
+def _fetch(task: FetchTask, bench: Workbench) -> Descriptor:
+    services = bench.services
     if task.what == "base":
         digest = base_models.obtain(services, task.source)
         return Descriptor(digest, services.blobs.stat(digest) or 0, MEDIA_BASE)

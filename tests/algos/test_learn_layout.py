@@ -72,7 +72,7 @@ def test_the_most_particular_block_counts() -> None:
 
 @pytest.mark.parametrize("own", [{}, {"other": 1.0}, {"layers.0.q": [1.0, 2.0]}])
 def test_a_table_that_does_not_fit_is_refused(own: dict[str, float]) -> None:
-    with pytest.raises(InvalidParams, match="layers.0.q"):
+    with pytest.raises(InvalidParams, match=r"layers\.0\.q"):
         scales_of(own, "layers.0.q", 3)
 
 

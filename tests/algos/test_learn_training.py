@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -100,10 +101,8 @@ def test_tuned_is_the_best_of_one_number_for_all() -> None:
     problem, chosen = SmallProblem(), method(steps=0)
     (value,) = set(run(chosen, problem).best)
     picked = {n: range(problem.rows) for n in range(3)}
-    losses = {
-        v: sum(losses_of(problem, "cross_entropy", torch.full((problem.layout.size,), v), picked)) for v in (0, 0.1, 0.3, 0.7, 1)
-    }
-    assert sum(losses_of(problem, "cross_entropy", torch.full((problem.layout.size,), value), picked)) <= min(losses.values())
+    loss = lambda v: sum(losses_of(problem, "cross_entropy", torch.full((problem.layout.size,), v), picked))  # noqa: E731
+    assert loss(value) <= min(loss(other) for other in (0.0, 0.1, 0.3, 0.7, 1.0))
 
 
 def test_every_row_is_seen_once_in_an_epoch() -> None:
@@ -156,9 +155,8 @@ def test_negation_forgets_one_task_and_keeps_the_others() -> None:
     problem = SmallProblem(forget=(0,), rows=200)
     chosen = method(objective="negation", init=0.5, steps=100)
     state = run(chosen, problem)
-    before, after = (
-        held_out_accuracies(problem, c) for c in (torch.full((problem.layout.size,), 0.5), best(chosen, problem, state))
-    )
+    begun = torch.full((problem.layout.size,), 0.5)
+    before, after = (held_out_accuracies(problem, c) for c in (begun, best(chosen, problem, state)))
     assert after[0] < before[0] - 0.2
     assert sum(after[1:]) >= sum(before[1:]) - 0.1
 
@@ -221,10 +219,8 @@ def test_lorahub_asks_for_no_gradient() -> None:
 
 def test_a_loss_that_is_no_number_ends_it_with_the_step() -> None:
     class Broken(SmallProblem):
-        def outputs(
-            self, coefficients: Tensor, picked: Picked, *, held_out: bool = False, noise: int | None = None
-        ) -> list[Output]:
-            found = super().outputs(coefficients, picked, held_out=held_out, noise=noise)
+        def outputs(self, coefficients: Tensor, picked: Picked, **how: Any) -> list[Output]:
+            found = super().outputs(coefficients, picked, **how)
             if coefficients.requires_grad and len(self.asked) > 8:
                 return [Output(o.logits * math.nan, o.labels) for o in found]
             return found
