@@ -5,6 +5,7 @@ RequestError
 ├── UnknownBasis          no basis of that id
 ├── UnknownTask           the basis has no task of that name
 ├── UnknownJob            no job of that id
+├── UnknownBaseModel      no base model of that id or directory
 ├── UnknownPart           the adapter has no file of that name
 ├── InvalidField          a field, flag or setting has a value that cannot be used
 ├── BadUpload             the form lacks a file, or has one more
@@ -60,6 +61,14 @@ class UnknownJob(RequestError):
 
     def __str__(self) -> str:
         return f"no job {self.job[:200]!r}"
+
+
+@dataclass(eq=False)
+class UnknownBaseModel(RequestError):
+    source: str
+
+    def __str__(self) -> str:
+        return f"no base model {self.source[:200]!r} is in the store, or in the directory that the operator allows"
 
 
 @dataclass(eq=False)
@@ -126,6 +135,7 @@ STATUS: Mapping[type[Exception], int] = {
     UnknownBasis: 404,
     UnknownTask: 404,
     UnknownJob: 404,
+    UnknownBaseModel: 404,
     UnknownPart: 404,
     InvalidField: 422,
     BadUpload: 400,
@@ -151,6 +161,7 @@ STATUS: Mapping[type[Exception], int] = {
     storing.StoreFull: 507,
     storing.InvalidTensorFile: 422,
     storing.BadSource: 422,
+    storing.NoBaseModel: 422,
     storing.RepoNotFound: 404,
     storing.RevisionNotFound: 404,
     storing.GatedRepo: 403,

@@ -89,7 +89,7 @@ class Jobs:
             return _finish(connection, job, attempt, state, error)
 
     def succeed(self, job: Digest, attempt: int, result: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> bool:
-        """Finish with this result and drop shards and checkpoint, all or nothing; False, and nothing is published, as for `finish`.
+        """Finish with this result, drop shards and checkpoint, all or nothing; False, and nothing is published, as for `finish`.
 
         One transaction, so that a job cancelled in this moment has no result, and a succeeded one has never none.
         """
