@@ -1,12 +1,13 @@
 """What people see in a terminal: progress, the certificate as a table, and how to go on."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -67,6 +68,20 @@ def basis_table(report: Mapping[str, Any]) -> Table:
         table.add_row(task["name"], _error(task["relative_error"]), f"{task['input_bytes']:,}", task["input"])
     table.add_section()
     table.add_row("mean", _error(totals["mean_error"]), f"{totals['input_bytes']:,}", "", style="bold")
+    return table
+
+
+def data_table(files: Iterable[Mapping[str, Any]]) -> Table:
+    """Data files as GET /data shows them, one row each."""
+    table = Table(title="Data files")
+    table.add_column("id", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("rows", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("columns", overflow="fold")
+    for file in files:
+        columns = escape(", ".join(file["columns"]))
+        table.add_row(file["id"], file["kind"], f"{file['rows']:,}", f"{file['size_bytes']:,}", columns)
     return table
 
 

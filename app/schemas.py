@@ -239,6 +239,22 @@ class AdapterList(BaseModel):
     next: str | None
 
 
+class DataView(BaseModel):
+    id: str
+    kind: Literal["jsonl", "parquet", "safetensors"]
+    rows: int = Field(description="of a classification head (safetensors): its classes")
+    columns: list[str] = Field(description="in order; of a classification head: its tensors")
+    size_bytes: int
+    source: str | None = Field(description="where it came from, unless it was uploaded")
+    links: dict[str, str]
+    created_at: datetime
+
+
+class DataList(BaseModel):
+    data: list[DataView]
+    next: str | None
+
+
 class MethodView(BaseModel):
     name: str
     summary: str

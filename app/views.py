@@ -11,6 +11,7 @@ from app.report import read_report
 from app.schemas import (
     AdapterView,
     BasisView,
+    DataView,
     JobView,
     Learning,
     MethodView,
@@ -27,6 +28,7 @@ from merge_algos import catalogue, post
 from storage.digest import Digest
 from storage.index import AdapterRecord, BasisRecord, Result
 from storage.jobs import Job
+from storage.library import FileRecord
 
 
 def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
@@ -130,6 +132,20 @@ def reconstruction_view(services: Services, rebuilt: Rebuilt, weights: Mapping[s
         weights=dict(weights),
         relative_error=rebuilt.report["relative_error"],
         rounding_error=rebuilt.report["rounding_error"],
+    )
+
+
+def data_view(record: FileRecord) -> DataView:
+    """A data file. As of an adapter: what a private one is called is no secret here, what it holds is never shown."""
+    return DataView(
+        id=str(record.id),
+        kind=record.kind,
+        rows=record.rows,
+        columns=list(record.columns),
+        size_bytes=record.size_bytes,
+        source=record.source or None,
+        links={"self": f"/data/{record.id}"},
+        created_at=utc(record.created_at),
     )
 
 
