@@ -13,16 +13,17 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from app import ingest
+from app import data_commands, ingest
 from app.adapters import describe_shard
 from app.client import Client, Refused
-from app.console import basis_table, certificate_table, how_to_load, progress_bar
+from app.console import basis_table, certificate_table, how_to_load, progress_bar, training_table
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
 from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField
+from app.learning import local
 from app.report import read_report
 from app.resolve import resolve
 from app.schemas import TASK_NAME, MergeRequest
@@ -83,9 +84,11 @@ def build_request(
 
 def merge_here(settings: Settings, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:
     """Merge in this process and save the result."""
+    settings, request = local.base_here(settings, request)
     services = Services.open(settings)
     stored = [{**item, "source": _here(services, item["source"])} for item in _with_names(request["adapters"])]
-    recipe = resolve(parse_request({**request, "adapters": stored}), services, token=token)
+    tasks = local.tasks_with(request, lambda file: data_commands.add_here(settings, file))
+    recipe = resolve(parse_request({**request, "adapters": stored, "tasks": tasks}), services, token=token)
     if recipe_name := request.get("name"):
         services.index.request_name(recipe_name, recipe.digest)
     known = services.index.result(recipe.digest)
@@ -103,7 +106,8 @@ def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Con
     """Merge on a server, follow the job, download the result. Raises Refused if the job fails."""
     with Client.connect(url, token=token) as client:
         stored = [{**item, "source": _there(client, item["source"])} for item in _with_names(request["adapters"])]
-        job = follow(client, client.merge({**request, "adapters": stored}), console)
+        tasks = local.tasks_with(request, lambda file: str(client.add_data(file)["id"]))
+        job = follow(client, client.merge({**request, "adapters": stored, "tasks": tasks}), console)
         save_result(client, job, output)
     return Merged(job["result"]["id"], json.loads((output / "report.json").read_text()))
 
@@ -135,6 +139,8 @@ def show(merged: Merged, output: Path, console: Console) -> None:
         console.print(command, markup=False, highlight=False, soft_wrap=True)
         return
     console.print(certificate_table(merged.report))
+    if "training" in merged.report:
+        console.print(training_table(merged.report["training"]))
     tell_how_to_load(output, console)
 
 

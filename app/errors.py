@@ -18,7 +18,6 @@ RequestError
 ├── NotReady              a part of the service cannot be used
 ├── BadData               rows or a head that a method cannot learn from
 ├── BadBase               a base model that cannot be loaded, or not for this
-├── MissingExtra          an optional library is not installed
 ├── OutOfMemory           training does not fit the device, not even with half of the batch
 ├── WorkerLost            the process of a job died too often
 └── WorkerBusy            another worker of that name runs on this data directory
@@ -190,15 +189,6 @@ class BadBase(RequestError):
 
 
 @dataclass(eq=False)
-class MissingExtra(RequestError):
-    library: str
-    extra: str
-
-    def __str__(self) -> str:
-        return f"this needs {self.library}, which is not installed; pip install 'lora-braid[{self.extra}]'"
-
-
-@dataclass(eq=False)
 class OutOfMemory(RequestError):
     device: str
 
@@ -240,7 +230,6 @@ STATUS: Mapping[type[Exception], int] = {
     NotReady: 503,
     BadData: 422,
     BadBase: 422,
-    MissingExtra: 501,
     OutOfMemory: 507,
     WorkerLost: 500,
     WorkerBusy: 409,

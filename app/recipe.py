@@ -43,7 +43,7 @@ class RecipeStep:
 class RecipeTask:
     """What coefficients are learned for. data: blobs of rows.  text, label, prompt: their columns.  head: a blob, or None.
 
-    forget: lose this task's skill instead.
+    forget: lose this task's skill instead.  restricted: Hub sources of the data that not everybody may read.
     """
 
     name: str
@@ -54,6 +54,7 @@ class RecipeTask:
     prompt: str | None = None
     head: str | None = None
     forget: bool = False
+    restricted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         given = {k: v for k, v in asdict(self).items() if v or k not in ("extends", "base_model", "tasks")}
         lists = {"adapters": [_input_json(item) for item in self.adapters], "post": [asdict(step) for step in self.post]}
-        tasks = [{**asdict(task), "data": list(task.data)} for task in self.tasks]
+        tasks = [{**asdict(task), "data": list(task.data), "restricted": list(task.restricted)} for task in self.tasks]
         return {"schema": 1, **given, **lists, **({"tasks": tasks} if tasks else {})}
 
     @classmethod
@@ -89,7 +90,7 @@ class Recipe:
         fields = {name: value for name, value in data.items() if name != "schema"}
         inputs = tuple(_input(item) for item in data["adapters"])
         steps = tuple(RecipeStep(**step) for step in data["post"])
-        tasks = tuple(RecipeTask(**{**task, "data": tuple(task["data"])}) for task in data.get("tasks", ()))
+        tasks = tuple(map(_task, data.get("tasks", ())))
         return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs, "post": steps, "tasks": tasks})
 
     @property
@@ -121,6 +122,10 @@ def _column(item: RecipeInput, modules: Sequence[str]) -> dict[str, float]:
 
 def _input_json(item: RecipeInput) -> dict[str, Any]:
     return {**asdict(item), "weights_by_module": [list(pair) for pair in item.weights_by_module]}
+
+
+def _task(data: Mapping[str, Any]) -> RecipeTask:
+    return RecipeTask(**{**data, "data": tuple(data["data"]), "restricted": tuple(data["restricted"])})
 
 
 def _input(data: Mapping[str, Any]) -> RecipeInput:

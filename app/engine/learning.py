@@ -193,7 +193,8 @@ def _as_it_is(features: torch.Tensor) -> torch.Tensor:
 def _rows(services: Services, task: RecipeTask, classes: Mapping[str, int] | int, *, method: Learned, tokenizer: Any) -> Rows:
     limits = Limits(min(method.max_length, tokenizer.model_max_length), method.truncate)
     wanted = [name for name in (task.text, task.prompt, task.label) if name]
-    found = data.read_many(services, [Digest.parse(part) for part in task.data], wanted)
+    parts = [data.read_columns(services, Digest.parse(part), wanted) for part in task.data]
+    found = {name: [value for part in parts for value in part[name]] for name in wanted}
     texts = found[task.text]
     if len(texts) < 2:
         raise BadData(task.name, f"{len(texts)} rows are too few: some are trained on, some held out")

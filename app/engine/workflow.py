@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, TypeVar, cast
 
-from app import adapters, bases, ingest
+from app import adapters, base_models, bases, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask
@@ -147,12 +147,22 @@ def _record(services: Services, recipe: Recipe, artefact: Digest) -> tuple[Adapt
     """The index row of a result, and what it was made of: adapters, and the basis that a basis extends."""
     if catalogue.find(recipe.method).produces == "adapter":
         opened = OpenAdapter.open(services.blobs, artefact)
-        return ingest.describe_merged(services, opened.manifest, artefact, opened.spec), opened.manifest.inputs
+        merged = ingest.describe_merged(services, opened.manifest, artefact, opened.spec)
+        learned_from = _learned_from(services, recipe)
+        return replace(merged, restricted=tuple(dict.fromkeys((*merged.restricted, *learned_from)))), opened.manifest.inputs
     basis = bases.OpenBasis.open(services.blobs, artefact)
     extends = Digest.parse(recipe.extends) if recipe.extends else None
     modules = {name for group in basis.contents["groups"] for task in group["tasks"] for name in task["modules"]}
     record = ingest.describe_basis(services, basis.manifest, artefact, len(modules), extends)
     return record, (*([extends] if extends else []), *basis.manifest.inputs)
+
+
+def _learned_from(services: Services, recipe: Recipe) -> tuple[str, ...]:
+    """What a result is restricted by through the data and the base model that its coefficients were learned with."""
+    data = tuple(source for task in recipe.tasks for source in task.restricted)
+    if recipe.base_model is None:
+        return data
+    return (*data, *base_models.restrictions(services, base_models.obtain(services, recipe.base_model)))
 
 
 def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:

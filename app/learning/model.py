@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from app.adapters import TORCH_DTYPES, read_tensor
-from app.errors import BadBase, BadData, MissingExtra
+from app.errors import BadBase, BadData, NotInstalled
 from app.learning.problem import POOLING, Forward, Head, linear_head, logits
 from merge_algos.learn.method import Pooling, TaskType
 from storage.blobs import BlobStore
@@ -21,12 +21,12 @@ _LAST_LAYERS = ("score", "classifier.out_proj", "classifier", "classification_he
 def load_base(folder: Path, task_type: TaskType, device: torch.device) -> tuple[nn.Module, Any]:
     """Model and tokenizer, frozen; float32 on a CPU, bfloat16 elsewhere. No code from the repository is ever run.
 
-    Raises MissingExtra or BadBase.
+    Raises NotInstalled or BadBase.
     """
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtra("transformers", "learn") from error
+        raise NotInstalled("transformers", "learn") from error
     kinds = {
         "causal_lm": transformers.AutoModelForCausalLM,
         "sequence_classification": transformers.AutoModelForSequenceClassification,

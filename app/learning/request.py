@@ -1,6 +1,6 @@
 """What a request says of learning: refused early where it cannot be, then pinned."""
 
-from app import data
+from app import data, ingest
 from app.errors import InvalidField
 from app.recipe import RecipeTask
 from app.schemas import LearningTask, MergeRequest
@@ -52,8 +52,11 @@ def _check_together(request: MergeRequest, method: Learned) -> None:
 
 def pinned(position: int, task: LearningTask, services: Services, token: str | None) -> RecipeTask:
     """The task with its rows and head named by digest; a Hub dataset is fetched now. Raises the errors of `app.data`."""
-    source = data.pin(services, task.data, task.split or "train", token=token)
-    parts = data.obtain(services, source, task.split or "train")
+    split = task.split or "train"
+    source = data.pin(services, task.data, split, token=token)
+    parts = data.obtain(services, source, split)
+    head = _head(services, f"tasks.{position}.head", task.head, token) if task.head else None
+    files = [data.get(services, part) for part in (*parts, *([head] if head else []))]
     return RecipeTask(
         name=task.name,
         weight=task.weight,
@@ -61,6 +64,16 @@ def pinned(position: int, task: LearningTask, services: Services, token: str | N
         text=task.text,
         label=task.label,
         prompt=task.prompt,
-        head=str(data.known_head(services, Digest.parse(task.head), field=f"tasks.{position}.head")) if task.head else None,
+        head=str(head) if head else None,
         forget=task.forget,
+        restricted=tuple(dict.fromkeys(source for file in files for source in file.restricted)),
     )
+
+
+def _head(services: Services, field: str, head: str, token: str | None) -> Digest:
+    """Raises InvalidField for what is no head, UnknownData, and the Hub's errors."""
+    record = data.get(services, Digest.parse(head))
+    if record.kind != "safetensors":
+        raise InvalidField(field, f"these are rows ({record.kind}), not the weights of a head")
+    ingest.check_access(services, record, token=token)
+    return record.id

@@ -45,10 +45,10 @@ class Layout:
 
     def table(self, coefficients: Tensor) -> list[dict[str, float | list[float]]]:
         """The coefficients (size,) by adapter and block, as numbers that JSON keeps exactly."""
-        values = coefficients.double().tolist()
-        one = lambda block: values[block.start : block.start + block.count]  # noqa: E731
-        whole = self.granularity == "rank"
-        return [{block.name: one(block) if whole else one(block)[0] for block in blocks} for blocks in self.blocks]
+        values: list[float] = coefficients.double().tolist()
+        if self.granularity == "rank":
+            return [{b.name: values[b.start : b.start + b.count] for b in blocks} for blocks in self.blocks]
+        return [{block.name: values[block.start] for block in blocks} for blocks in self.blocks]
 
 
 def lay_out(ranks: Mapping[str, Sequence[int]], granularity: Granularity) -> Layout:

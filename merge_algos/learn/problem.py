@@ -26,8 +26,11 @@ class Task:
 class Problem(Protocol):
     """A model, its adapters and its data, wherever they are."""
 
-    layout: Layout
-    tasks: Sequence[Task]
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def tasks(self) -> Sequence[Task]: ...
 
     def outputs(self, coefficients: Tensor, picked: Picked, *, held_out: bool = False, noise: int | None = None) -> list[Output]:
         """Of these rows, one per task picked, in that order; differentiable in the coefficients (size,).
