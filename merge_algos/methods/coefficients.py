@@ -1,9 +1,9 @@
 """Anisotropic scaling with coefficients at hand: what a learned merge leaves behind, applied again without data."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from merge_algos.entries import check_finite_number
 from merge_algos.errors import InvalidParams
 from merge_algos.learn.method import scaled_sum
 from merge_algos.lowrank import LowRankDelta
@@ -26,11 +26,12 @@ class Coefficients(MergeMethod):
     table: Sequence[Mapping[str, float | Sequence[float]]] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.table, Sequence) or not all(isinstance(own, Mapping) for own in self.table):
+            raise InvalidParams("parameters.table", "must be a list of objects, one for each adapter")
         for own in self.table:
             for block, value in own.items():
-                values = [value] if isinstance(value, int | float) else value
-                if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-                    raise InvalidParams("parameters.table", f"the coefficients of {block[:200]} must be finite numbers")
+                for number in value if isinstance(value, Sequence) else (value,):
+                    check_finite_number(f"table.{str(block)[:200]}", number)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         table = self.table or [{"*": 1.0}] * len(deltas)
