@@ -1,10 +1,12 @@
 """How fast a merge is, side by side in one run: Braid, PEFT's `add_weighted_adapter`, and the dense textbook version.
 
     python benchmarks/merge.py                      # modules with 8 adapters, and the 7B-like set: about 20 minutes
-    python benchmarks/merge.py --full               # 2, 8 and 32 adapters: hours, nearly all of them PEFT's dense SVD
+    python benchmarks/merge.py --counts 2,8,32      # half an hour, nearly all of it PEFT's dense SVD
     python benchmarks/merge.py --parts modules --shapes 1024x1024
+    python benchmarks/merge.py --parts set --layers 1 --methods ties,dare
 
-modules: one layer at a time, in memory; ratio is the other's time over ours, errors are against the float64 sum.
+modules: one layer at a time, in memory; ratio is the other's time over ours, errors are against the float64 sum. What PEFT
+cannot do in this machine's memory is left out of its column. Rows are appended to --state as they are measured.
 set: 32 layers x {4 x 4096^2, 3 x 4096x11008}, adapters of rank 16 in bfloat16 files, files in and file out, through the
 worker's own child; beside it the time of merely reading the inputs and writing the result.
 """
@@ -34,6 +36,7 @@ from merge_algos.rank import RankRule
 
 T = TypeVar("T")
 RANK = 16
+DENSE = "dense sum, SVD"
 # PEFT's combination -> ours that answers the same question, with the same parameters
 PAIRS: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "cat": ("task_arithmetic", None, {}),
@@ -55,50 +58,74 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="modules,set")
     parser.add_argument("--shapes", default="4096x4096,11008x4096")
-    parser.add_argument("--full", action="store_true", help="2, 8 and 32 adapters instead of 8")
+    parser.add_argument("--counts", default="8", help="numbers of adapters of one module")
     parser.add_argument("--layers", type=int, default=32, help="of the set")
     parser.add_argument("--adapters", type=int, default=8, help="of the set")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--methods", default="", help="comma-separated, of the set: at rank 16")
+    parser.add_argument("--state", type=Path, help="append rows of modules here, and do not measure what stands here again")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    console, rows = Console(width=150), []
+    console = Console(width=150)
     if "modules" in args.parts:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
-        for d_out, d_in in shapes:
-            for count in (2, 8, 32) if args.full else (8,):
-                rows += module_rows(d_out, d_in, count)
+        counts = [int(count) for count in args.counts.split(",")]
+        rows = read_rows(args.state)
+        for row in module_rows([(*shape, count) for shape in shapes for count in counts], rows):
+            rows.append(row)
+            if args.state:
+                with args.state.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
         console.print(module_table(rows))
     if "set" in args.parts:
-        console.print(set_table(args.layers, args.adapters))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        chosen = [(method, RANK) for method in args.methods.split(",")] if args.methods else SET_CASES
+        console.print(set_table(args.layers, args.adapters, chosen))
 
 
-def module_rows(d_out: int, d_in: int, count: int) -> list[dict[str, Any]]:
-    deltas = [random_delta(seed, d_out, d_in) for seed in range(count)]
+def read_rows(state: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in state.read_text().splitlines()] if state and state.exists() else []
+
+
+def module_rows(sizes: Sequence[tuple[int, int, int]], known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of (d_out, d_in, adapters) a row for each of PEFT's combinations, and one for the dense sum."""
+    found = {(row["module"], row["adapters"], row["other"]) for row in known}
+    for d_out, d_in, count in sizes:
+        deltas = [random_delta(seed, d_out, d_in) for seed in range(count)]
+        for other, pair in {**{f"PEFT {name}": pair for name, pair in PAIRS.items()}, DENSE: PAIRS["svd"]}.items():
+            if (f"{d_out}x{d_in}", count, other) not in found:
+                yield module_row(deltas, other, *pair)
+
+
+def module_row(
+    deltas: Sequence[LowRankDelta], other: str, method: str, rank: int | None, parameters: dict[str, Any]
+) -> dict[str, Any]:
+    count, (d_out, d_in) = len(deltas), deltas[0].shape
     exact = sum((d.to_dense().double() / count for d in deltas), start=torch.zeros(d_out, d_in, dtype=torch.float64))
-    rows = []
-    for combination, (method, rank, parameters) in PAIRS.items():
-        our_s, ours = timed(lambda m=method, r=rank, p=parameters: our_merge(m, r, p, deltas), repeat=3)
+    our_s, ours = timed(lambda: our_merge(method, rank, parameters, deltas), repeat=3)
+    row = {
+        "module": f"{d_out}x{d_in}",
+        "adapters": count,
+        "case": f"{method}, {f'rank {rank}' if rank else 'exact'}",
+        "ours_s": our_s,
+        "our_error": relative(ours.to_dense(), exact),
+        "other": other,
+        "other_s": None,
+        "other_error": None,
+    }
+    if other == DENSE:
+        other_s, theirs = timed(lambda: cut(sum(d.to_dense() / count for d in deltas)), repeat=1)
+    elif fits(other, exact.numel(), count):
         with peft_layer(deltas) as (model, layer):
-            their_s, _ = timed(lambda c=combination: peft_merge(model, c, count), repeat=1)
+            other_s, _ = timed(lambda: peft_merge(model, other.removeprefix("PEFT "), count), repeat=1)
             theirs = layer.get_delta_weight("merged").detach()
-        rows.append(
-            {
-                "module": f"{d_out}x{d_in}",
-                "adapters": count,
-                "case": f"{method}, {f'rank {rank}' if rank else 'exact'}",
-                "ours_s": our_s,
-                "other": f"PEFT {combination}",
-                "other_s": their_s,
-                "our_error": relative(ours.to_dense(), exact),
-                "other_error": relative(theirs, exact),
-            }
-        )
-    svd_row = next(r for r in rows if r["other"] == "PEFT svd")
-    dense_s, dense = timed(lambda: cut(sum(d.to_dense() / count for d in deltas)), repeat=1)
-    rows.append({**svd_row, "other": "dense sum, SVD", "other_s": dense_s, "other_error": relative(dense, exact)})
-    return rows
+    else:
+        return row
+    return {**row, "other_s": other_s, "other_error": relative(theirs, exact)}
+
+
+def fits(other: str, entries: int, count: int) -> bool:
+    """Whether PEFT's stack of dense deltas, of which it makes four copies in float32, fits this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "ties" not in other or 4 * 4 * entries * count < 0.8 * memory
 
 
 def random_delta(seed: int, d_out: int, d_in: int) -> LowRankDelta:
@@ -171,12 +198,17 @@ def module_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for r in rows:
         ours = (f"{1000 * r['ours_s']:.1f} ms", f"{r['our_error']:.6f}")
-        other = (r["other"], f"{r['other_s']:.2f} s", f"{r['other_error']:.6f}", f"{r['other_s'] / r['ours_s']:.0f}x")
+        missing = (r["other"], "too large", "", "")
+        other = missing if r["other_s"] is None else (r["other"], *their_cells(r))
         table.add_row(r["module"], str(r["adapters"]), r["case"], *ours, *other)
     return table
 
 
-def set_table(layers: int, count: int) -> Table:
+def their_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['other_s']:.2f} s", f"{row['other_error']:.6f}", f"{row['other_s'] / row['ours_s']:.0f}x"
+
+
+def set_table(layers: int, count: int, cases: Sequence[tuple[str, int | None]]) -> Table:
     """The whole set, end to end, each case from the same stored adapters."""
     table = Table(title=f"{layers} layers x {{4 x 4096², 3 x 4096x11008}}, {count} adapters of rank {RANK}, bfloat16 files")
     for heading in ("case", "wall", "copy", "wall/copy", "peak RSS over import", "inputs", "result"):
@@ -185,7 +217,7 @@ def set_table(layers: int, count: int) -> Table:
     with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
         services = Services.open(Settings(data_dir=Path(folder), devices="cpu", log_level="WARNING"))
         inputs = tuple(make_adapter(services, seed, LAYER, layers, RANK, "bfloat16", console) for seed in range(count))
-        for method, rank in SET_CASES:
+        for method, rank in cases:
             r = measure(services, inputs, method, RankRule(max=rank), console)
             case = f"{method}, {f'rank {rank}' if rank else 'exact'}"
             sizes = (f"{r.above_import_mib:.0f} MiB", f"{r.input_mib:.0f} MiB", f"{r.result_mib:.0f} MiB")

@@ -1,13 +1,14 @@
 """Matrices that exist only as blocks of rows: what entry-wise methods return instead of a dense delta.
 
-Every pass over such a matrix forms a few rows at a time. The way to a low-rank delta is a randomised SVD by subspace
+Every pass over such a matrix forms a few rows at a time; those of a result are remembered up to a limit, because each costs
+the rows of all adapters. The way to a low-rank delta is a randomised SVD by subspace
 iteration (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4 on M^T M), which needs one pass per iteration,
 or the exact SVD where the matrix is small. What was cut away is measured, not estimated.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ BLOCK_ENTRIES = 1 << 20  # 4 MiB of float32 per adapter and block
 _SMALL_ENTRIES = 1 << 18  # up to 512 x 512 the exact SVD is as fast as the sketch
 _OVERSAMPLING = 16
 _ITERATIONS = 3
+_REMEMBERED_BYTES = 192 << 20  # one module of 11008 x 4096 in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +41,23 @@ class BlockMatrix:
     def to_dense(self) -> Tensor:
         """(d_out, d_in). For tests and small matrices."""
         return torch.cat(list(self.blocks()))
+
+
+def remembered(matrix: BlockMatrix, limit_bytes: int = _REMEMBERED_BYTES) -> BlockMatrix:
+    """The same matrix, whose first rows are formed once only, as many as fit the limit."""
+    known: dict[int, Tensor] = {}
+    room = limit_bytes
+
+    def rows(start: int, stop: int) -> Tensor:
+        nonlocal room
+        if start in known:
+            return known[start]
+        block = matrix.rows(start, stop)
+        if block.nbytes <= room:
+            known[start], room = block, room - block.nbytes
+        return block
+
+    return replace(matrix, rows=rows)
 
 
 def row_ranges(shape: tuple[int, int], block_entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
@@ -64,6 +83,7 @@ def truncated_svd(matrix: BlockMatrix, k: int, *, seed: int) -> tuple[SVD, float
     width = min(k + _OVERSAMPLING, d_in, d_out)
     if d_out * d_in <= _SMALL_ENTRIES or 2 * width >= min(d_out, d_in):
         return _exact_svd(matrix, k)
+    matrix = remembered(matrix)
     V = torch.randn(d_in, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for _ in range(_ITERATIONS):
         V = torch.linalg.qr(_gram_times(matrix, V)).Q

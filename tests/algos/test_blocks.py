@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import MODULE, dense, randn, random_delta
 from merge_algos import LowRankDelta, RankRule
-from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, row_ranges, truncated_svd
+from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, remembered, row_ranges, truncated_svd
 from merge_algos.lowrank import SVD
 from merge_algos.magnitudes import magnitude_threshold
 from merge_algos.merge import build, reduce
@@ -47,6 +47,16 @@ def given_rows(X: Tensor, block_entries: int = BLOCK_ENTRIES) -> BlockMatrix:
 def test_blocks_put_together_are_the_matrix(d_out: int, d_in: int, entries: int) -> None:
     X = randn(0, d_out, d_in)
     assert torch.equal(given_rows(X, entries).to_dense(), X)
+
+
+@pytest.mark.parametrize(("limit_bytes", "asked"), [(0, 12), (160, 8), (10**6, 4)])
+def test_rows_are_remembered_as_far_as_the_limit_goes(limit_bytes: int, asked: int) -> None:
+    """Four blocks of two rows, 80 bytes each, walked through three times."""
+    X = randn(0, 8, 5)
+    matrix, shapes = asked_of(given_rows(X, 10))
+    known = remembered(matrix, limit_bytes)
+    assert all(torch.equal(known.to_dense(), X) for _ in range(3))
+    assert len(shapes) == asked
 
 
 # --- thresholds
