@@ -51,6 +51,9 @@ def advance(task: LearnTask, bench: Workbench) -> Descriptor:
         while not state.done and time.monotonic() < ends_at:
             state = _fitting(problem, method, recipe, state)
         checkpoint = _checkpoint(problem, method, recipe, state)
+    except BaseException:
+        bench.kept.clear()  # this training does not go on here, and a model is too large to be forgotten
+        raise
     finally:
         torch.set_num_threads(1)
     if state.done:
