@@ -12,7 +12,7 @@ from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 @dataclass(frozen=True)
 class Coefficients(MergeMethod):
-    """`sum_i w_i B_i diag(lambda_i) A_i` with lambda from a table, as a training's `coefficients.json` holds it.
+    """`sum_i w_i B_i diag(lambda_i) A_i` (aTLAS, arXiv:2407.02880) with lambda from a table, as `coefficients.json` holds it.
 
     table: of each adapter, in order, block -> a number, or one for each of its ranks. A block is a module, a module's name
     without layer numbers, or `*`; the most particular one counts. Empty: every coefficient is 1. The adapters' weights

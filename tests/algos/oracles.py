@@ -326,7 +326,21 @@ def coefficients(given: Sequence[Given], call: Call) -> Tensor:
 ORACLES: Mapping[str, Oracle] = {
     oracle.__name__: oracle
     for oracle in (
-        *(breadcrumbs, coefficients, core_space, ctm, dare, della, iso_c, iso_cts, knots, lego, magnitude_prune, np_lora, peft_linear),
+        *(
+            breadcrumbs,
+            coefficients,
+            core_space,
+            ctm,
+            dare,
+            della,
+            iso_c,
+            iso_cts,
+            knots,
+            lego,
+            magnitude_prune,
+            np_lora,
+            peft_linear,
+        ),
         *(pico, spectral, task_arithmetic, ties, tsv),
     )
 }
