@@ -328,11 +328,6 @@ def test_files_are_named_after_what_is_in_them() -> None:
 EVERY_METHOD = {**methods.registry(), **learned.registry()}
 
 
-@pytest.mark.parametrize("name", learned.registry())
-def test_a_file_of_learned_methods_is_called_as_what_it_holds(name: str) -> None:
-    assert learned.registry()[name].__module__ == f"merge_algos.learned.{name}"
-
-
 @pytest.mark.parametrize("file", METHOD_FILES)
 def test_a_file_of_methods_holds_one(file: str) -> None:
     (method,) = [method for method in methods.registry().values() if method.__module__ == f"merge_algos.methods.{file}"]

@@ -20,6 +20,7 @@ from app.recipe import Recipe, RecipeTask, module_weights
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.adapter import agree
+from merge_algos.errors import TrainingDiverged
 from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.method import Learned
@@ -46,10 +47,7 @@ def advance(task: LearnTask, bench: Workbench) -> Descriptor:
     torch.set_num_threads(bench.threads)
     try:
         problem = _kept(task, recipe, method, bench)
-        state = _read(bench.services.blobs, task.checkpoint) or _fitting(problem, method, recipe, None)
-        ends_at = time.monotonic() + _ROUND_S
-        while not state.done and time.monotonic() < ends_at:
-            state = _fitting(problem, method, recipe, state)
+        state = _trained(problem, method, recipe, _read(bench.services.blobs, task.checkpoint))
         checkpoint = _checkpoint(problem, method, recipe, state)
     except BaseException:
         bench.kept.clear()  # this training does not go on here, and a model is too large to be forgotten
@@ -59,6 +57,19 @@ def advance(task: LearnTask, bench: Workbench) -> Descriptor:
     if state.done:
         bench.kept.clear()
     return bench.services.blobs.put([canonical_json(checkpoint)], media_type=MEDIA_JSON)
+
+
+def _trained(problem: ModelProblem, method: Learned, recipe: Recipe, begun: State | None) -> State:
+    """The state after some seconds of training. Raises OutOfMemory; TrainingDiverged, once what was good is in a checkpoint."""
+    state = begun or _fitting(problem, method, recipe, None)
+    ends_at = time.monotonic() + _ROUND_S
+    try:
+        while not state.done and time.monotonic() < ends_at:
+            state = _fitting(problem, method, recipe, state)
+    except TrainingDiverged:
+        if state is begun:
+            raise
+    return state
 
 
 def _fitting(problem: ModelProblem, method: Learned, recipe: Recipe, state: State | None) -> State:

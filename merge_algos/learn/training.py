@@ -128,7 +128,8 @@ def _step(
     loss = _backward(problem, plan, state, coefficients, theta)
     if not math.isfinite(loss):
         raise TrainingDiverged(state.step + 1)
-    torch.nn.utils.clip_grad_norm_([theta], _CLIP)
+    if not torch.nn.utils.clip_grad_norm_([theta], _CLIP).isfinite():  # it would clip to nothing, and nothing be learned
+        raise TrainingDiverged(state.step + 1)
     rate = plan.lr * 0.5 * (1 + math.cos(math.pi * state.step / plan.steps))
     optimizer.param_groups[0]["lr"] = rate
     with torch.no_grad():  # decoupled decay, not to zero but to where it began: zero would undo a merge that was good

@@ -28,10 +28,9 @@ class Coefficients(MergeMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.table, Sequence) or not all(isinstance(own, Mapping) for own in self.table):
             raise InvalidParams("parameters.table", "must be a list of objects, one for each adapter")
-        for own in self.table:
-            for block, value in own.items():
-                for number in value if isinstance(value, Sequence) else (value,):
-                    check_finite_number(f"table.{str(block)[:200]}", number)
+        values = [value for own in self.table for value in own.values()]
+        for number in (number for value in values for number in (value if isinstance(value, list | tuple) else (value,))):
+            check_finite_number("table", number)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         table = self.table or [{"*": 1.0}] * len(deltas)

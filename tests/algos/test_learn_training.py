@@ -255,4 +255,4 @@ def test_tuning_needs_labels() -> None:
 @every_method
 def test_methods_that_learn_say_so(name: str) -> None:
     assert METHODS[name].needs == "data"
-    assert METHODS[name].name == name
+    assert METHODS[name].__module__ == f"merge_algos.learned.{name}"
