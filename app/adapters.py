@@ -62,6 +62,12 @@ def read_manifest(blobs: BlobStore, digest: Digest) -> AdapterManifest:
         return AdapterManifest.from_bytes(stream.read())
 
 
+def read_json(blobs: BlobStore, digest: Digest) -> Any:
+    """A JSON blob of ours. Raises BlobNotFound."""
+    with blobs.open(digest) as stream:
+        return json.load(stream)
+
+
 def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.AdapterSpec:
     """Read a whole adapter once before it is accepted.
 

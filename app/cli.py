@@ -21,8 +21,10 @@ app = typer.Typer(
 )
 store_app = typer.Typer(name="store", help="Look after the store.", no_args_is_help=True)
 rmm_app = typer.Typer(name="rmm", help="Look at reversible bases.", no_args_is_help=True)
+data_app = typer.Typer(name="data", help="Look after data files that merges are learned from.", no_args_is_help=True)
 app.add_typer(store_app)
 app.add_typer(rmm_app)
+app.add_typer(data_app)
 
 out = Console()
 err = Console(stderr=True)
@@ -165,6 +167,37 @@ def show(
             basis_commands.show_here(_settings(data_dir=data_dir), basis, out)
         else:
             basis_commands.show_there(url, basis, out)
+
+
+@data_app.command()
+def add(
+    file: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a classification head as safetensors.")],
+    url: Url = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Bring a data file into the store and print its id.
+
+    Example: `braid data add train.jsonl`
+    """
+    from app import data_commands
+
+    with _problems_told():
+        print(data_commands.add_here(_settings(data_dir=data_dir), file) if url is None else data_commands.add_there(url, file))
+
+
+@data_app.command(name="list")
+def list_(url: Url = None, data_dir: DataDir = None) -> None:
+    """A table of the data files in the store, newest first.
+
+    Example: `braid data list`
+    """
+    from app import data_commands
+
+    with _problems_told():
+        if url is None:
+            data_commands.list_here(_settings(data_dir=data_dir), out)
+        else:
+            data_commands.list_there(url, out)
 
 
 @app.command(name="import")

@@ -50,6 +50,18 @@ class Client:
             files = {parts[0]: (parts[0], config), parts[1]: (parts[1], weights)}
             return self._json("POST", "/adapters", files=files, data={"name": name} if name else {})
 
+    def add_data(self, file: Path) -> dict[str, Any]:
+        with file.open("rb") as stream:
+            return self._json("POST", "/data", files={"file": (file.name, stream)})
+
+    def list_data(self) -> Iterator[dict[str, Any]]:
+        """Every data file, newest first, page by page."""
+        cursor: dict[str, str] | None = {}
+        while cursor is not None:
+            page = self._json("GET", "/data", params=cursor)
+            yield from page["data"]
+            cursor = {"cursor": page["next"]} if page["next"] else None
+
     def merge(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/merge", json=dict(request))
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,32 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from app import ingest
+from app import data_commands, ingest
 from app.adapters import describe_shard
 from app.client import Client, Refused
-from app.console import basis_table, certificate_table, how_to_load, progress_bar
+from app.console import basis_table, certificate_table, how_to_load, progress_bar, training_table
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
 from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField
+from app.learning import local
 from app.report import read_report
 from app.resolve import resolve
 from app.schemas import TASK_NAME, MergeRequest
 from app.services import Services
 from app.settings import Settings
 from storage.digest import Digest
-from storage.errors import BadSource
+from storage.errors import BadDigest, BadSource
 from storage.gc import collect
 from storage.manifest import named_parts, parts_of
+from storage.model_folders import sweep_folders
 from storage.sources.hub import HubRef
 from storage.verify import verify
 
 _CHUNK_BYTES = 1024 * 1024
+_MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _PAGE = 200
 
 
@@ -80,9 +84,11 @@ def build_request(
 
 def merge_here(settings: Settings, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:
     """Merge in this process and save the result."""
+    settings, request = local.base_here(settings, request)
     services = Services.open(settings)
     stored = [{**item, "source": _here(services, item["source"])} for item in _with_names(request["adapters"])]
-    recipe = resolve(parse_request({**request, "adapters": stored}), services, token=token)
+    tasks = local.tasks_with(request, lambda file: data_commands.add_here(settings, file))
+    recipe = resolve(parse_request({**request, "adapters": stored, "tasks": tasks}), services, token=token)
     if recipe_name := request.get("name"):
         services.index.request_name(recipe_name, recipe.digest)
     known = services.index.result(recipe.digest)
@@ -100,7 +106,8 @@ def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Con
     """Merge on a server, follow the job, download the result. Raises Refused if the job fails."""
     with Client.connect(url, token=token) as client:
         stored = [{**item, "source": _there(client, item["source"])} for item in _with_names(request["adapters"])]
-        job = follow(client, client.merge({**request, "adapters": stored}), console)
+        tasks = local.tasks_with(request, lambda file: str(client.add_data(file)["id"]))
+        job = follow(client, client.merge({**request, "adapters": stored, "tasks": tasks}), console)
         save_result(client, job, output)
     return Merged(job["result"]["id"], json.loads((output / "report.json").read_text()))
 
@@ -132,6 +139,8 @@ def show(merged: Merged, output: Path, console: Console) -> None:
         console.print(command, markup=False, highlight=False, soft_wrap=True)
         return
     console.print(certificate_table(merged.report))
+    if "training" in merged.report:
+        console.print(training_table(merged.report["training"]))
     tell_how_to_load(output, console)
 
 
@@ -163,9 +172,10 @@ def import_there(url: str, source: str, name: str | None, *, token: str | None) 
 
 
 def collect_garbage(settings: Settings, grace_s: float) -> str:
-    """Everything an adapter or a job under way refers to is live; the rest goes, once it is older than the grace."""
+    """Everything an adapter, base model, data file or a job under way refers to is live; the rest goes, once it is old enough."""
     services = Services.open(settings)
     collected = collect(services.blobs, live=set(_live(services)), grace_s=grace_s)
+    sweep_folders(services.layout)
     return f"removed {len(collected.deleted)} blobs ({collected.freed_bytes} bytes), kept {len(collected.kept)}"
 
 
@@ -190,11 +200,11 @@ def parse_request(body: Mapping[str, Any]) -> MergeRequest:
 
 
 def _live(services: Services) -> Iterator[Digest]:
-    for artefact in (*services.index.artefacts(), *_in_use(services)):
+    yield from services.library.files()
+    for artefact in (*services.index.artefacts(), *services.library.bases(), *_in_use(services)):
         yield artefact
-        if services.blobs.stat(artefact) is not None:
-            with services.blobs.open(artefact) as stream:
-                yield from (part.digest for part in parts_of(stream.read()))
+        yield from _parts(services, artefact)
+    yield from (checkpoint.digest for checkpoint in services.jobs.live_checkpoints())
     for shard in services.jobs.live_shards():
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:
@@ -202,13 +212,31 @@ def _live(services: Services) -> Iterator[Digest]:
 
 
 def _in_use(services: Services) -> Iterator[Digest]:
-    """Inputs of jobs under way, and bases they extend: they may have been forgotten since, but the job was promised them."""
+    """All that recipes of jobs under way name: it may have been forgotten since, but the job was promised it."""
     after = None
     while page := services.jobs.page(limit=_PAGE, after=after, states=("queued", "running")):
-        sources = [str(item["source"]) for job in page for item in job.recipe["adapters"]]
-        sources += [str(job.recipe["extends"]) for job in page if "extends" in job.recipe]
-        yield from (Digest.parse(source) for source in sources if source.startswith("sha256:"))
+        for job in page:
+            yield from _digests(job.recipe)
         after = (page[-1].created_at, str(page[-1].id))
+
+
+def _digests(value: Any) -> Iterator[Digest]:
+    """Every digest written anywhere in a recipe."""
+    if isinstance(value, str) and value.startswith("sha256:"):
+        with suppress(BadDigest):
+            yield Digest.parse(value)
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _digests(each)
+
+
+def _parts(services: Services, artefact: Digest) -> Iterator[Digest]:
+    """What a manifest consists of; nothing for a data file, which a recipe may name as well."""
+    size_bytes = services.blobs.stat(artefact)
+    if size_bytes is None or size_bytes > _MAX_MANIFEST_BYTES:
+        return
+    with services.blobs.open(artefact) as stream, suppress(ValueError, KeyError, TypeError, AttributeError, BadDigest):
+        yield from [part.digest for part in parts_of(stream.read())]
 
 
 def _with_names(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,19 +1,23 @@
 """What people see in a terminal: progress, the certificate as a table, and how to go on."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 _MOST_ROWS = 40
+_SPARKS = 60
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _STAGES = {
     "queued": "waiting for a worker",
     "fetch": "fetching adapters",
+    "learn": "learning coefficients",
     "survey": "surveying modules",
     "merge": "merging modules",
     "assemble": "writing the result",
@@ -54,6 +58,34 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def training_table(training: Mapping[str, Any]) -> Table:
+    """What learning brought each task on its held-out rows."""
+    curve, best_step = training["curve"], training["best_step"]
+    best = next(point for point in curve if point["step"] == best_step)
+    table = Table(
+        title="Learned coefficients",
+        caption=f"{training['coefficients']} of them; the best of {training['step']} steps: {best_step}; "
+        "loss: on held-out rows, 1 is guessing\n" + _sparkline([point["score"] for point in curve]),
+    )
+    table.add_column("task", overflow="fold", min_width=16)
+    for heading in ("rows", "held out", "loss before", "after", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in training["tasks"]:
+        name = task["name"]
+        accuracy = f"{training['accuracy'][name]:.1%}" if training["accuracy"] else ""
+        losses = (f"{curve[0]['tasks'][name]:.4f}", f"{best['tasks'][name]:.4f}")
+        table.add_row(name, str(task["rows"]), str(task["held_out"]), *losses, accuracy)
+    return table
+
+
+def _sparkline(scores: Sequence[float]) -> str:
+    """The held-out score over the training, as a line of blocks."""
+    low, high = min(scores), max(scores)
+    shown = [scores[n * len(scores) // _SPARKS] for n in range(_SPARKS)] if len(scores) > _SPARKS else list(scores)
+    height = (high - low) or 1.0
+    return "held-out score " + "".join(_BLOCKS[int((len(_BLOCKS) - 1) * (score - low) / height)] for score in shown)
+
+
 def basis_table(report: Mapping[str, Any]) -> Table:
     """The tasks of a basis and what each lost. report: the certificate of the basis."""
     totals = report["totals"]
@@ -67,6 +99,20 @@ def basis_table(report: Mapping[str, Any]) -> Table:
         table.add_row(task["name"], _error(task["relative_error"]), f"{task['input_bytes']:,}", task["input"])
     table.add_section()
     table.add_row("mean", _error(totals["mean_error"]), f"{totals['input_bytes']:,}", "", style="bold")
+    return table
+
+
+def data_table(files: Iterable[Mapping[str, Any]]) -> Table:
+    """Data files as GET /data shows them, one row each."""
+    table = Table(title="Data files")
+    table.add_column("id", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("rows", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("columns", overflow="fold")
+    for file in files:
+        columns = escape(", ".join(file["columns"]))
+        table.add_row(file["id"], file["kind"], f"{file['rows']:,}", f"{file['size_bytes']:,}", columns)
     return table
 
 

@@ -5,11 +5,20 @@ RequestError
 ├── UnknownBasis          no basis of that id
 ├── UnknownTask           the basis has no task of that name
 ├── UnknownJob            no job of that id
+├── UnknownBaseModel      no base model of that id or directory
+├── UnknownData           no data file of that id
+├── UnknownSplit          the dataset has no such split in a form that is read here
 ├── UnknownPart           the adapter has no file of that name
 ├── InvalidField          a field, flag or setting has a value that cannot be used
+├── InvalidData           a data file is not what it must be
+├── MissingColumn         the data has no such column, or a row has not
 ├── BadUpload             the form lacks a file, or has one more
 ├── UnsupportedMediaType  the body is neither JSON nor, where that is taken, a form
+├── NotInstalled          an optional part of Braid is needed and missing
 ├── NotReady              a part of the service cannot be used
+├── BadData               rows or a head that a method cannot learn from
+├── BadBase               a base model that cannot be loaded, or not for this
+├── OutOfMemory           training does not fit the device, not even with half of the batch
 ├── WorkerLost            the process of a job died too often
 └── WorkerBusy            another worker of that name runs on this data directory
 """
@@ -63,6 +72,33 @@ class UnknownJob(RequestError):
 
 
 @dataclass(eq=False)
+class UnknownBaseModel(RequestError):
+    source: str
+
+    def __str__(self) -> str:
+        return f"no base model {self.source[:200]!r} is in the store, or in the directory that the operator allows"
+
+
+@dataclass(eq=False)
+class UnknownData(RequestError):
+    data: str
+
+    def __str__(self) -> str:
+        return f"no data file {self.data[:200]!r} is in the store"
+
+
+@dataclass(eq=False)
+class UnknownSplit(RequestError):
+    source: str
+    split: str
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        held = f"it holds {', '.join(self.files)}" if self.files else "it holds no Parquet or JSONL files"
+        return f"{self.source[:200]} has no split {self.split[:100]!r}; {held}"
+
+
+@dataclass(eq=False)
 class UnknownPart(RequestError):
     part: str
 
@@ -77,6 +113,27 @@ class InvalidField(RequestError):
 
     def __str__(self) -> str:
         return f"{self.field}: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidData(RequestError):
+    reason: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.line is None else f" (line {self.line})"
+        return f"not a data file that can be used: {self.reason}{where}"
+
+
+@dataclass(eq=False)
+class MissingColumn(RequestError):
+    column: str
+    columns: tuple[str, ...]
+    line: int | None = None
+
+    def __str__(self) -> str:
+        where = "the data" if self.line is None else f"line {self.line} of the data"
+        return f"{where} has no column {self.column[:100]!r}; it has {', '.join(self.columns)[:1000] or 'none'}"
 
 
 @dataclass(eq=False)
@@ -97,12 +154,46 @@ class UnsupportedMediaType(RequestError):
 
 
 @dataclass(eq=False)
+class NotInstalled(RequestError):
+    package: str
+    extra: str
+
+    def __str__(self) -> str:
+        return f"this needs {self.package}, which is not installed here: pip install 'lora-braid[{self.extra}]'"
+
+
+@dataclass(eq=False)
 class NotReady(RequestError):
     part: str
     reason: str
 
     def __str__(self) -> str:
         return f"{self.part} is not ready: {self.reason}"
+
+
+@dataclass(eq=False)
+class BadData(RequestError):
+    task: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"task {self.task[:100]!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class BadBase(RequestError):
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the base model cannot be used: {self.reason}"
+
+
+@dataclass(eq=False)
+class OutOfMemory(RequestError):
+    device: str
+
+    def __str__(self) -> str:
+        return f"training does not fit {self.device} with half of the batch either; a smaller batch_size or max_length helps"
 
 
 @dataclass(eq=False)
@@ -126,11 +217,20 @@ STATUS: Mapping[type[Exception], int] = {
     UnknownBasis: 404,
     UnknownTask: 404,
     UnknownJob: 404,
+    UnknownBaseModel: 404,
+    UnknownData: 404,
+    UnknownSplit: 404,
     UnknownPart: 404,
     InvalidField: 422,
+    InvalidData: 422,
+    MissingColumn: 422,
     BadUpload: 400,
     UnsupportedMediaType: 415,
+    NotInstalled: 501,
     NotReady: 503,
+    BadData: 422,
+    BadBase: 422,
+    OutOfMemory: 507,
     WorkerLost: 500,
     WorkerBusy: 409,
     merging.UnknownMethod: 422,
@@ -143,6 +243,7 @@ STATUS: Mapping[type[Exception], int] = {
     merging.ShapeMismatch: 422,
     merging.NonFiniteTensor: 422,
     merging.NonFiniteResult: 422,
+    merging.TrainingDiverged: 422,
     merging.UnsupportedAdapter: 422,
     storing.BadDigest: 422,
     storing.BlobNotFound: 404,
@@ -151,6 +252,7 @@ STATUS: Mapping[type[Exception], int] = {
     storing.StoreFull: 507,
     storing.InvalidTensorFile: 422,
     storing.BadSource: 422,
+    storing.NoBaseModel: 422,
     storing.RepoNotFound: 404,
     storing.RevisionNotFound: 404,
     storing.GatedRepo: 403,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from typing import Protocol
 
 from app.adapters import check
 from app.bases import read_basis
@@ -11,6 +12,7 @@ from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord, now
 from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, BasisManifest, Source, parts_of
 from storage.sources.hub import HubRef, HubSnapshot
+from storage.sources.hub_snapshot import WEIGHTS
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
@@ -65,17 +67,28 @@ def import_upload(services: Services, config: Iterable[bytes], weights: Iterable
     return _record(services, stored_config, stored_weights, Source("upload"))
 
 
-def check_access(services: Services, adapter: AdapterRecord | BasisRecord, *, token: str | None) -> None:
-    """Ask the Hub again whether this caller may read every private or gated source the adapter was made from.
+class Restricted(Protocol):
+    """A record of anything that came, in part, from private or gated places.
+
+    restricted: `hub:<reference>@<commit>` of adapters; of anything else with `#` and the file there to ask for.
+    """
+
+    @property
+    def restricted(self) -> tuple[str, ...]: ...
+
+
+def check_access(services: Services, record: Restricted, *, token: str | None) -> None:
+    """Ask the Hub again whether this caller may read every private or gated source that this was made from.
 
     Raises the Hub's errors. The caller's token is used if there is one, else the operator's: what a fresh import would use.
     """
-    for source in adapter.restricted:
-        services.hub.check_access(HubRef.parse(source.removeprefix("hub:")), token=token)
+    for source in record.restricted:
+        reference, _, file = source.removeprefix("hub:").partition("#")
+        services.hub.check_access(HubRef.parse(reference), file=file or WEIGHTS, token=token)
 
 
 def complete(services: Services, artefact: Digest) -> bool:
-    """Whether the manifest of an adapter or basis and all its parts are in the store: a cache hit is verified, not assumed."""
+    """Whether a manifest of any kind and all its parts are in the store: a cache hit is verified, not assumed."""
     if services.blobs.stat(artefact) is None:
         return False
     with services.blobs.open(artefact) as stream:

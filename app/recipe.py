@@ -40,10 +40,29 @@ class RecipeStep:
 
 
 @dataclass(frozen=True, slots=True)
+class RecipeTask:
+    """What coefficients are learned for. data: blobs of rows.  text, label, prompt: their columns.  head: a blob, or None.
+
+    forget: lose this task's skill instead.  restricted: Hub sources of the data that not everybody may read.
+    """
+
+    name: str
+    weight: float
+    data: tuple[str, ...]
+    text: str
+    label: str | None = None
+    prompt: str | None = None
+    head: str | None = None
+    forget: bool = False
+    restricted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe.
 
-    extends: the basis that these adapters are added to.
+    extends: the basis that these adapters are added to.  base_model: `hub:org/name@<commit>` or `sha256:<manifest>`, where
+    coefficients are learned.
     """
 
     method: str
@@ -57,18 +76,22 @@ class Recipe:
     adapters: tuple[RecipeInput, ...]
     post: tuple[RecipeStep, ...] = ()
     extends: str | None = None
+    base_model: str | None = None
+    tasks: tuple[RecipeTask, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        steps = [asdict(step) for step in self.post]
-        own = asdict(self) if self.extends else {k: v for k, v in asdict(self).items() if k != "extends"}
-        return {"schema": 1, **own, "adapters": [_input_json(item) for item in self.adapters], "post": steps}
+        given = {k: v for k, v in asdict(self).items() if v or k not in ("extends", "base_model", "tasks")}
+        lists = {"adapters": [_input_json(item) for item in self.adapters], "post": [asdict(step) for step in self.post]}
+        tasks = [{**asdict(task), "data": list(task.data), "restricted": list(task.restricted)} for task in self.tasks]
+        return {"schema": 1, **given, **lists, **({"tasks": tasks} if tasks else {})}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         fields = {name: value for name, value in data.items() if name != "schema"}
         inputs = tuple(_input(item) for item in data["adapters"])
         steps = tuple(RecipeStep(**step) for step in data["post"])
-        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs, "post": steps})
+        tasks = tuple(map(_task, data.get("tasks", ())))
+        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs, "post": steps, "tasks": tasks})
 
     @property
     def digest(self) -> Digest:
@@ -99,6 +122,10 @@ def _column(item: RecipeInput, modules: Sequence[str]) -> dict[str, float]:
 
 def _input_json(item: RecipeInput) -> dict[str, Any]:
     return {**asdict(item), "weights_by_module": [list(pair) for pair in item.weights_by_module]}
+
+
+def _task(data: Mapping[str, Any]) -> RecipeTask:
+    return RecipeTask(**{**data, "data": tuple(data["data"]), "restricted": tuple(data["restricted"])})
 
 
 def _input(data: Mapping[str, Any]) -> RecipeInput:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from app.recipe import Recipe
-from merge_algos import catalogue, methods
+from merge_algos import catalogue
 from merge_algos.merge import ModuleReport
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -17,14 +17,23 @@ _NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves o
 
 
 def certificate(
-    recipe: Recipe, inputs: Sequence[tuple[Digest, AdapterManifest]], modules: Sequence[ModuleReport], *, rank: int
+    recipe: Recipe,
+    inputs: Sequence[tuple[Digest, AdapterManifest]],
+    modules: Sequence[ModuleReport],
+    *,
+    rank: int,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`report.json`. Errors are relative Frobenius norms, energies fractions of squared norms; totals are over all modules."""
+    """`report.json`. Errors are relative Frobenius norms, energies fractions of squared norms; totals are over all modules.
+
+    training: how the coefficients were learned, where they were.
+    """
     return {
+        **({"training": training} if training else {}),
         "schema": 1,
         "recipe": recipe.to_json(),
         "recipe_digest": str(recipe.digest),
-        "paper": methods.find(recipe.method).paper,
+        "paper": catalogue.find(recipe.method).paper,
         "inputs": [_input(digest, manifest) for digest, manifest in inputs],
         "totals": _totals(modules, rank),
         "worst_module": _worst(modules),

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from app import ingest
+from app import base_models, ingest
 from app.bases import OpenBasis
 from app.engine.workflow import plan_for
 from app.errors import InvalidField, UnknownAdapter
+from app.learning import request as learning
 from app.recipe import Recipe, RecipeInput, RecipeStep
 from app.schemas import AdapterInput, ExtendRequest, MergeRequest, PostStepRequest
 from app.services import Services
@@ -39,6 +40,7 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
     method = checked_method(request.method, request.parameters)
     if method.produces == "basis":
         _check_basis(request)
+    learning.check(request, method)
     check_count(method, len(request.adapters))
     rule = _rank(request)
     check_rule(method, rule)
@@ -58,6 +60,8 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
         allow_base_mismatch=request.allow_base_mismatch,
         adapters=tuple(map(_input, request.adapters, sources, names, weights)),
         post=steps,
+        base_model=base_models.pin(services, request.base_model, token=token) if request.base_model else None,
+        tasks=tuple(learning.pinned(n, task, services, token) for n, task in enumerate(request.tasks)),
     )
     _check_plan(recipe, services)
     return recipe

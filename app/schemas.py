@@ -14,6 +14,10 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,9
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 TaskName = Annotated[str, StringConstraints(pattern=TASK_NAME)]
 Pattern = Annotated[str, StringConstraints(max_length=512)]
+BASE_HELP = (
+    "for methods that learn: hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
+)
+DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
 SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
 
 
@@ -58,6 +62,21 @@ class PostStepRequest(Body):
     parameters: dict[str, Any] = Field(default={}, description="the step's own parameters")
 
 
+Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class LearningTask(Body):
+    name: TaskName
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="of this task's loss")
+    data: str = Field(max_length=1000, description=DATA_HELP, examples=["hub:datasets/org/reviews@main"])
+    split: str | None = Field(default=None, max_length=100, description="of a Hub dataset; default: train")
+    text: Column = Field(default="text", description="column of the text")
+    label: Column | None = Field(default="label", description="column of the class; not read where nothing needs labels")
+    prompt: Column | None = Field(default=None, description="causal_lm: column of what stands before the text and is not learned")
+    head: str | None = Field(default=None, max_length=100, description="sha256:<id> of an uploaded safetensors: weight, bias")
+    forget: bool = Field(default=False, description="objective negation: lose this task's skill, keep the others'")
+
+
 class MergeRequest(Body):
     method: str = Field(default="task_arithmetic", max_length=100, description="see GET /methods")
     parameters: dict[str, Any] = Field(default={}, description="the method's own parameters")
@@ -69,6 +88,8 @@ class MergeRequest(Body):
         default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
     )
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
+    base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)
+    tasks: list[LearningTask] = Field(default=[], max_length=64, description="what a method that learns is to serve")
     post: list[PostStepRequest] = Field(default=[], max_length=8, description="steps on the result, after it is cut to its rank")
     name: Name | None = Field(default=None, description="also make the result known as name:<this>")
 
@@ -112,7 +133,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 class Progress(BaseModel):
     stage: str = Field(
-        description="queued, fetch (counts adapters), survey (counts modules, in rounds), merge (counts modules), assemble"
+        description="queued, fetch (counts adapters), learn (counts steps), survey (counts modules, in rounds), "
+        "merge (counts modules), assemble"
     )
     done: int
     total: int
@@ -124,6 +146,23 @@ class ResultView(BaseModel):
     links: dict[str, str]
 
 
+class CurvePoint(BaseModel):
+    step: int
+    loss: float | None = Field(description="mean of the steps since the last point")
+    score: float = Field(description="minus the mean loss of the held-out rows")
+    tasks: dict[str, float] = Field(description="each task's loss on its held-out rows")
+
+
+class Learning(BaseModel):
+    step: int
+    steps: int
+    best_step: int
+    coefficients: int
+    accuracy: dict[str, float] | None = Field(description="on the held-out rows, with the best coefficients, once it is done")
+    curve: list[CurvePoint]
+    best: list[dict[str, float | list[float]]] = Field(description="the best coefficients so far, by adapter and block")
+
+
 class JobView(BaseModel):
     id: str
     state: Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -132,6 +171,7 @@ class JobView(BaseModel):
     progress: Progress
     result: ResultView | None
     error: Problem | None
+    learning: Learning | None = Field(default=None, description="of a method that learns: how far it is, and its curve")
     certificate: dict[str, Any] | None = Field(default=None, description="the merge's report.json, for a job that succeeded")
     links: dict[str, str]
     created_at: datetime
@@ -196,6 +236,22 @@ class AdapterView(BaseModel):
 
 class AdapterList(BaseModel):
     data: list[AdapterView]
+    next: str | None
+
+
+class DataView(BaseModel):
+    id: str
+    kind: Literal["jsonl", "parquet", "safetensors"]
+    rows: int = Field(description="of a classification head (safetensors): its classes")
+    columns: list[str] = Field(description="in order; of a classification head: its tensors")
+    size_bytes: int
+    source: str | None = Field(description="where it came from, unless it was uploaded")
+    links: dict[str, str]
+    created_at: datetime
+
+
+class DataList(BaseModel):
+    data: list[DataView]
     next: str | None
 
 

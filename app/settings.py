@@ -33,6 +33,10 @@ class Settings(BaseSettings):
         description="stable name of a worker: after a crash it takes up its own jobs",
     )
     max_upload_bytes: int = Field(default=4 * 1024**3, gt=0, description="largest adapter accepted, uploaded or pulled, bytes")
+    bases_dir: Path | None = Field(default=None, description="base models of the operator: what `dir:` sources are below")
+    max_base_bytes: int = Field(
+        default=64 * 1024**3, gt=0, description="largest base model accepted, all its files together, bytes"
+    )
     shard_bytes: int = Field(default=32 * 1024**2, gt=0, description="merged bytes per checkpoint: what a crash can cost")
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="log level of API and workers")
 

@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from app.adapters import read_manifest
+from app.adapters import read_json, read_manifest
 from app.bases import read_basis
 from app.reconstruct import Rebuilt
 from app.report import read_report
 from app.schemas import (
     AdapterView,
     BasisView,
+    DataView,
     JobView,
+    Learning,
     MethodView,
     PostStepView,
     Problem,
@@ -26,6 +28,7 @@ from merge_algos import catalogue, post
 from storage.digest import Digest
 from storage.index import AdapterRecord, BasisRecord, Result
 from storage.jobs import Job
+from storage.library import FileRecord
 
 
 def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
@@ -40,11 +43,21 @@ def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
         progress=Progress(stage=job.stage, done=job.done, total=job.total),
         result=shown,
         error=Problem(**job.error) if job.error else None,
+        learning=_learning(services, job) if detail else None,
         certificate=read_report(services.blobs, result.target) if result and detail else None,
         links={"self": f"/jobs/{job.id}", "events": f"/jobs/{job.id}/events"},
         created_at=utc(job.created_at),
         finished_at=utc(job.finished_at) if job.finished_at else None,
     )
+
+
+def _learning(services: Services, job: Job) -> Learning | None:
+    """The last checkpoint of a job that is under way, failed or cancelled; a succeeded one's certificate has its training."""
+    checkpoint = services.jobs.checkpoint(job.id)
+    if checkpoint is None or services.blobs.stat(checkpoint.digest) is None:
+        return None
+    found = read_json(services.blobs, checkpoint.digest)
+    return Learning(**found["training"], best=found["table"])
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:
@@ -119,6 +132,20 @@ def reconstruction_view(services: Services, rebuilt: Rebuilt, weights: Mapping[s
         weights=dict(weights),
         relative_error=rebuilt.report["relative_error"],
         rounding_error=rebuilt.report["rounding_error"],
+    )
+
+
+def data_view(record: FileRecord) -> DataView:
+    """A data file. As of an adapter: what a private one is called is no secret here, what it holds is never shown."""
+    return DataView(
+        id=str(record.id),
+        kind=record.kind,
+        rows=record.rows,
+        columns=list(record.columns),
+        size_bytes=record.size_bytes,
+        source=record.source or None,
+        links={"self": f"/data/{record.id}"},
+        created_at=utc(record.created_at),
     )
 
 

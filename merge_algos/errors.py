@@ -11,6 +11,7 @@ MergeError
 ├── ShapeMismatch        one module, two shapes
 ├── NonFiniteTensor      a tensor holds NaN or Inf
 ├── NonFiniteResult      the merged factors overflow the requested dtype
+├── TrainingDiverged     the loss is no number any more
 └── UnsupportedAdapter   an adapter kind, flag or tensor that cannot be ingested exactly
 """
 
@@ -121,6 +122,14 @@ class NonFiniteResult(MergeError):
 
     def __str__(self) -> str:
         return f"{self.module}: the merged factors do not fit {self.dtype}; use smaller weights or a wider dtype"
+
+
+@dataclass(eq=False)
+class TrainingDiverged(MergeError):
+    step: int
+
+    def __str__(self) -> str:
+        return f"the loss was not finite at step {self.step}; a smaller lr, or data without extremes, may help"
 
 
 @dataclass(eq=False)

@@ -1,13 +1,15 @@
 """Connections and migrations. SQLite by default, Postgres by URL; the tables are the same."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from filelock import FileLock
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, Table, create_engine, event, insert
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 _PRAGMAS = ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON")
 
@@ -28,6 +30,16 @@ def connect(url: str) -> Engine:
 def reading(engine: Engine) -> Connection:
     """A connection for reading: a snapshot that never waits for a writer."""
     return engine.connect().execution_options(braid_reading=True)
+
+
+def insert_if_absent(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Whether the row is new. One that is there already stays as it is."""
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(table).values(row))
+    except IntegrityError:
+        return False
+    return True
 
 
 def upgrade(engine: Engine, lock: Path) -> None:

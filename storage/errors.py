@@ -8,6 +8,7 @@ StorageError
 ├── StoreFull            the disk, quota or file-size limit is reached
 ├── InvalidTensorFile    not a well-formed, harmless safetensors file
 ├── BadSource            the text is not a source reference
+├── NoBaseModel          files that make no base model: no weights that are read here, an incomplete set, no config
 └── HubError
     ├── RepoNotFound     no such repository, or it is private
     ├── RevisionNotFound no such branch, tag or commit
@@ -83,6 +84,15 @@ class BadSource(StorageError):
 
     def __str__(self) -> str:
         return f"{self.text[:200]!r} is not a source: {self.reason}"
+
+
+@dataclass(eq=False)
+class NoBaseModel(StorageError):
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.source[:200]} is no base model that can be read: {self.reason}"
 
 
 @dataclass(eq=False)

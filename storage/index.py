@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, Row, Table, delete, insert, select, tuple_, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, Engine, Row, delete, insert, select, tuple_, update
 
-from storage.database import reading
+from storage.database import insert_if_absent, reading
 from storage.digest import Digest
 from storage.manifest import Source
 from storage.schema import adapters, bases, lineage, name_requests, names, results
@@ -125,7 +124,7 @@ class Index:
     def request_name(self, name: str, recipe: Digest) -> None:
         """Give the result of a recipe this name: now if it is published, else when it will be."""
         with self.engine.begin() as connection:
-            _insert_if_absent(connection, name_requests, {"recipe": str(recipe), "name": name})
+            insert_if_absent(connection, name_requests, {"recipe": str(recipe), "name": name})
             _grant_names(connection, recipe)
 
     def forget(self, artefact: Digest) -> bool:
@@ -149,7 +148,7 @@ def publish(connection: Connection, recipe: Digest, record: AdapterRecord | Basi
     kind = "adapter" if isinstance(record, AdapterRecord) else "basis"
     row = {"recipe": str(recipe), "kind": kind, "target": str(record.id), "created_at": record.created_at}
     _add(connection, record, inputs)
-    if not _insert_if_absent(connection, results, row):
+    if not insert_if_absent(connection, results, row):
         differs = update(results).where(results.c.recipe == str(recipe), results.c.target != str(record.id))
         connection.execute(differs.values(row))
     _grant_names(connection, recipe)
@@ -162,23 +161,14 @@ def now() -> float:
 
 def _add(connection: Connection, record: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> None:
     if isinstance(record, BasisRecord):
-        _insert_if_absent(connection, bases, _basis_row(record))
-    elif not _insert_if_absent(connection, adapters, _row(record)):
+        insert_if_absent(connection, bases, _basis_row(record))
+    elif not insert_if_absent(connection, adapters, _row(record)):
         known = connection.scalar(select(adapters.c.restricted).where(adapters.c.id == str(record.id))) or []
         # the same bytes fetched once without a token are public: the least restricted way of getting them counts
         least = [source for source in known if source in record.restricted]
         connection.execute(update(adapters).where(adapters.c.id == str(record.id)).values(restricted=least))
     for position, parent in enumerate(inputs):
-        _insert_if_absent(connection, lineage, {"child": str(record.id), "position": position, "parent": str(parent)})
-
-
-def _insert_if_absent(connection: Connection, table: Table, row: dict[str, Any]) -> bool:
-    try:
-        with connection.begin_nested():
-            connection.execute(insert(table).values(row))
-    except IntegrityError:
-        return False
-    return True
+        insert_if_absent(connection, lineage, {"child": str(record.id), "position": position, "parent": str(parent)})
 
 
 def _grant_names(connection: Connection, recipe: Digest) -> None:

@@ -1,4 +1,4 @@
-"""Jobs as the outside sees them: state, progress, an event log to follow, and the shards that are already done.
+"""Jobs as the outside sees them: state, progress, an event log to follow, finished shards, and how far training came.
 
 States: queued -> running -> succeeded | failed | cancelled. A final state never changes; asking again for a failed or
 cancelled recipe starts its next attempt.
@@ -14,7 +14,7 @@ from sqlalchemy import JSON, Connection, Engine, Row, delete, func, insert, sele
 from storage.database import reading
 from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord, publish
-from storage.schema import job_events, jobs, shards
+from storage.schema import checkpoints, job_events, jobs, shards
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINAL: tuple[State, ...] = ("succeeded", "failed", "cancelled")
@@ -89,7 +89,7 @@ class Jobs:
             return _finish(connection, job, attempt, state, error)
 
     def succeed(self, job: Digest, attempt: int, result: AdapterRecord | BasisRecord, inputs: Sequence[Digest]) -> bool:
-        """Finish with this result and drop the shards, all or nothing; False, and nothing is published, as for `finish`.
+        """Finish with this result, drop shards and checkpoint, all or nothing; False, and nothing is published, as for `finish`.
 
         One transaction, so that a job cancelled in this moment has no result, and a succeeded one has never none.
         """
@@ -98,6 +98,7 @@ class Jobs:
             if won:
                 publish(connection, job, result, inputs)
                 connection.execute(delete(shards).where(shards.c.recipe == str(job)))
+                connection.execute(delete(checkpoints).where(checkpoints.c.recipe == str(job)))
             return won
 
     def get(self, job: Digest) -> Job | None:
@@ -148,6 +149,25 @@ class Jobs:
         active = select(jobs.c.id).where(jobs.c.state.not_in(FINAL))
         with reading(self.engine) as connection:
             rows = connection.execute(select(shards).where(shards.c.recipe.in_(active)))
+            return tuple(Descriptor.from_json(dict(row._mapping)) for row in rows)
+
+    def set_checkpoint(self, recipe: Digest, state: Descriptor) -> None:
+        """Where the training of this recipe stands now; it takes the place of the one before."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(checkpoints).where(checkpoints.c.recipe == str(recipe)))
+            connection.execute(insert(checkpoints).values(recipe=str(recipe), **state.to_json()))
+
+    def checkpoint(self, recipe: Digest) -> Descriptor | None:
+        """What an earlier run of this recipe left, failed and cancelled ones included; success drops it."""
+        with reading(self.engine) as connection:
+            row = connection.execute(select(checkpoints).where(checkpoints.c.recipe == str(recipe))).first()
+        return Descriptor.from_json(dict(row._mapping)) if row else None
+
+    def live_checkpoints(self) -> tuple[Descriptor, ...]:
+        """Those of jobs that have not succeeded: a failed or cancelled one goes on from there when it is asked for again."""
+        unfinished = select(jobs.c.id).where(jobs.c.state != "succeeded")
+        with reading(self.engine) as connection:
+            rows = connection.execute(select(checkpoints).where(checkpoints.c.recipe.in_(unfinished)))
             return tuple(Descriptor.from_json(dict(row._mapping)) for row in rows)
 
 

@@ -19,6 +19,9 @@ class Layout:
     │   │   └── .tmp-<32 random hex>     being written, or left by a killed writer
     │   └── 00/ … ff/                    the first 2 hex digits of the blobs inside
     │       └── <64 hex>                 one blob, mode 0444
+    ├── models/
+    │   ├── .tmp-<32 random hex>         a link being made, or left by a killed process
+    │   └── <64 hex>/                    a base model as a directory: links to blobs; from its manifest at any time
     ├── index.sqlite                     names, results, lineage
     ├── jobs.sqlite                      DBOS
     └── locks/                           lock files
@@ -51,6 +54,13 @@ class Layout:
     def locks(self) -> Path:
         return self.root / "locks"
 
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    def model(self, base: Digest) -> Path:
+        return self.models / base.hex
+
     def blob(self, digest: Digest) -> Path:
         return self.blobs / digest.hex[:2] / digest.hex
 
@@ -64,4 +74,11 @@ class Layout:
 
     def temp(self) -> Path:
         """A new name in `incoming` at every call."""
-        return self.incoming / self.temp_pattern.replace("*", secrets.token_hex(16))
+        return self.incoming / self._temp_name()
+
+    def temp_link(self) -> Path:
+        """The same in `models`."""
+        return self.models / self._temp_name()
+
+    def _temp_name(self) -> str:
+        return self.temp_pattern.replace("*", secrets.token_hex(16))

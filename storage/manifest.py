@@ -1,14 +1,16 @@
-"""The manifests of adapters and bases: which blobs they are made of, where they came from. A digest of one is an identity."""
+"""Manifests: which blobs an adapter, basis or base model is made of, and where from. A digest of one is an identity."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from storage.base_files import own_name
 from storage.digest import Descriptor, Digest
 
 MEDIA_MANIFEST = "application/vnd.braid.adapter.v1+json"
 MEDIA_BASIS = "application/vnd.braid.basis.v1+json"
+MEDIA_BASE = "application/vnd.braid.base.v1+json"
 MEDIA_TENSORS = "application/vnd.safetensors"
 MEDIA_JSON = "application/json"
 MEDIA_MARKDOWN = "text/markdown; charset=utf-8"
@@ -42,6 +44,7 @@ class AdapterManifest:
     inputs: tuple[Digest, ...] = ()
     report: Descriptor | None = None
     card: Descriptor | None = None
+    coefficients: Descriptor | None = None
 
     @property
     def parts(self) -> dict[str, Descriptor]:
@@ -51,6 +54,7 @@ class AdapterManifest:
             "adapter_model.safetensors": self.weights,
             "report.json": self.report,
             "README.md": self.card,
+            "coefficients.json": self.coefficients,
         }
         return {name: part for name, part in named.items() if part is not None}
 
@@ -79,6 +83,7 @@ class AdapterManifest:
             inputs=tuple(Digest.parse(text) for text in document["inputs"]),
             report=parts.get("report.json"),
             card=parts.get("README.md"),
+            coefficients=parts.get("coefficients.json"),
         )
 
 
@@ -129,11 +134,35 @@ class BasisManifest:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class BaseManifest:
+    """The files of one base model, by names from `base_files` alone. source: `hub:org/name@commit` or `dir:<folder>`."""
+
+    files: Mapping[str, Descriptor]
+    source: str
+
+    @property
+    def parts(self) -> dict[str, Descriptor]:
+        """File name -> blob."""
+        return dict(self.files)
+
+    def to_bytes(self) -> bytes:
+        parts = {own_name(name): part.to_json() for name, part in self.files.items()}
+        return canonical_json({"schema": 1, "parts": parts, "source": self.source})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises NoBaseModel for a name that is not one of ours."""
+        document: Mapping[str, Any] = json.loads(data)
+        files = {own_name(name): Descriptor.from_json(part) for name, part in document["parts"].items()}
+        return cls(files, document["source"])
+
+
 def named_parts(manifest: bytes) -> dict[str, Descriptor]:
-    """File name -> blob, of a manifest of either kind."""
+    """File name -> blob, of a manifest of any kind."""
     return {name: Descriptor.from_json(part) for name, part in json.loads(manifest)["parts"].items()}
 
 
 def parts_of(manifest: bytes) -> tuple[Descriptor, ...]:
-    """The blobs of a manifest of either kind."""
+    """The blobs of a manifest of any kind."""
     return tuple(named_parts(manifest).values())

@@ -96,3 +96,35 @@ shards = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("media_type", String, nullable=False),
 )
+
+data_files = Table(
+    "data_files",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("columns", JSON, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("restricted", JSON, nullable=False),
+    Column("source", String, nullable=False, index=True),
+    Column("created_at", Float, nullable=False),
+)
+
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("source", String, nullable=False, index=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("restricted", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("recipe", String, primary_key=True),
+    Column("digest", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("media_type", String, nullable=False),
+)

@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-LFS = ("*.safetensors", "*.bin", "*.pt")
+LFS = ("*.safetensors", "*.bin", "*.pt", "*.parquet", "*.gguf")
 API = "api"
 
 
@@ -117,6 +117,7 @@ class HubServer:
     ) -> str:
         """A new commit of exactly `files`, to which `refs` point from now on; returns its 40 digits.
 
+        name: `org/name` of a model, `datasets/org/name` of a dataset.
         readers: tokens that may read a private or gated repository.
         """
         repo = self.repos.setdefault(name, Repo(private, gated, frozenset(readers), tuple(lfs), card or {}))
@@ -259,6 +260,10 @@ class _HubHandler(_Handler):
         match parts:
             case ["api", "models", org, name, *rest]:
                 self.on_repo(f"{org}/{name}", rest or ["revision", "main"])
+            case ["api", "datasets", org, name, *rest]:
+                self.on_repo(f"datasets/{org}/{name}", rest or ["revision", "main"])
+            case ["datasets", org, name, "resolve", *rest]:
+                self.on_repo(f"datasets/{org}/{name}", ["resolve", *rest])
             case [org, name, "resolve", *rest]:
                 self.on_repo(f"{org}/{name}", ["resolve", *rest])
             case _:

@@ -15,7 +15,7 @@ import pytest
 import app.errors
 import merge_algos.errors
 import storage.errors
-from merge_algos import methods
+from merge_algos import learned, methods
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("app/", "merge_algos/", "storage/")
@@ -325,15 +325,18 @@ def test_files_are_named_after_what_is_in_them() -> None:
 # Methods and errors
 
 
+EVERY_METHOD = {**methods.registry(), **learned.registry()}
+
+
 @pytest.mark.parametrize("file", METHOD_FILES)
 def test_a_file_of_methods_holds_one(file: str) -> None:
     (method,) = [method for method in methods.registry().values() if method.__module__ == f"merge_algos.methods.{file}"]
     assert method.name == file
 
 
-@pytest.mark.parametrize("name", methods.registry())
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_a_method_is_a_frozen_dataclass_that_declares_itself(name: str) -> None:
-    method = methods.registry()[name]
+    method = EVERY_METHOD[name]
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen
     assert not {"name", "paper", "version", "memory", "needs", "min_adapters"} & {f.name for f in dataclasses.fields(method)}
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|\d{4}", method.paper)

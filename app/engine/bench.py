@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ class Workbench:
     device: str
     threads: int
     open_adapter: Callable[[Digest], OpenAdapter]
+    kept: dict[str, Any] = field(default_factory=dict)  # what is slow to load and needed again by the next task
 
     def deltas(self, inputs: Iterable[Digest], module: str, shape: tuple[int, int]) -> list[LowRankDelta]:
         """One module of these adapters, on the device."""

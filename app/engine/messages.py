@@ -13,9 +13,10 @@ from storage.digest import Descriptor, Digest
 
 @dataclass(frozen=True, slots=True)
 class FetchTask:
-    """Bring one pinned source into the store: answers with the adapter's manifest."""
+    """Bring one pinned source into the store: answers with the manifest of the adapter, or of the base model."""
 
     source: str
+    what: Literal["adapter", "base"] = "adapter"
     kind: Literal["fetch"] = "fetch"
 
 
@@ -36,6 +37,17 @@ class SurveyTask:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnTask:
+    """Train coefficients for a while, from a checkpoint or from the beginning: answers with the next checkpoint, in JSON."""
+
+    recipe: Mapping[str, Any]
+    inputs: tuple[Digest, ...]
+    base: Digest
+    checkpoint: Digest | None
+    kind: Literal["learn"] = "learn"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
 
@@ -53,12 +65,16 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class AssembleTask:
-    """Put the shards together, in order: answers with the merged adapter's manifest."""
+    """Put the shards together, in order: answers with the merged adapter's manifest.
+
+    learned: the last checkpoint of the training, where there was one.
+    """
 
     recipe: Mapping[str, Any]
     inputs: tuple[Digest, ...]
     base_model: str
     shards: tuple[Descriptor, ...]
+    learned: Digest | None = None
     kind: Literal["assemble"] = "assemble"
 
 
@@ -87,4 +103,4 @@ class JoinTask:
     kind: Literal["join"] = "join"
 
 
-Task = FetchTask | SurveyTask | ShardTask | AssembleTask | EncodeTask | JoinTask
+Task = FetchTask | LearnTask | SurveyTask | ShardTask | AssembleTask | EncodeTask | JoinTask

@@ -1,28 +1,27 @@
 """One piece of a merge: what a child process does between two checkpoints."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from app import adapters, ingest
+from app import adapters, base_models, ingest
 from app.card import model_card
-from app.engine import basis
+from app.engine import basis, learning
 from app.engine.bench import Workbench
-from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, ShardTask, SurveyTask, Task
+from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
 from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.formats import peft
-from merge_algos.merge import ModuleReport, ModuleResult, build, build_post, merge_module, survey_module
-from merge_algos.protocol import ModuleContext
+from merge_algos.merge import ModuleReport, ModuleResult, build_post, merge_module, survey_module
+from merge_algos.protocol import MergeMethod, ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
-from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, AdapterManifest, Source, canonical_json
+from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, AdapterManifest, Source, canonical_json
 from storage.sources.hub import HubRef
 from storage.tensor_writer import TensorSpec
 from storage.tensors import TensorFile, open_tensors
@@ -32,22 +31,23 @@ _RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
     """Raises the errors of the libraries as they are; who called turns them into a problem."""
-    match task:
-        case FetchTask():
-            return _fetch(task, bench.services)
-        case SurveyTask():
-            return _survey(task, bench)
-        case ShardTask():
-            return _merge_shard(task, bench)
-        case AssembleTask():
-            return _assemble(task, bench)
-        case EncodeTask():
-            return basis.encode_shard(task, bench)
-        case JoinTask():
-            return basis.join(task, bench)
+    bodies: Mapping[type[Task], Callable[..., Descriptor]] = {
+        FetchTask: _fetch,
+        LearnTask: learning.advance,
+        SurveyTask: _survey,
+        ShardTask: _merge_shard,
+        AssembleTask: _assemble,
+        EncodeTask: basis.encode_shard,
+        JoinTask: basis.join,
+    }
+    return bodies[type(task)](task, bench)
 
 
-def _fetch(task: FetchTask, services: Services) -> Descriptor:
+def _fetch(task: FetchTask, bench: Workbench) -> Descriptor:
+    services = bench.services
+    if task.what == "base":
+        digest = base_models.obtain(services, task.source)
+        return Descriptor(digest, services.blobs.stat(digest) or 0, MEDIA_BASE)
     digest = _find(task.source, services)
     return Descriptor(digest, services.blobs.stat(digest) or 0, MEDIA_MANIFEST)
 
@@ -73,12 +73,6 @@ def _survey_one(task: SurveyTask, recipe: Recipe, bench: Workbench, name: str) -
     return survey_module(method, deltas, task.weights[name], _context(task, recipe, name))
 
 
-def read_findings(blobs: BlobStore, findings: Descriptor) -> Any:
-    """What a survey task has answered. Raises BlobNotFound."""
-    with blobs.open(findings.digest) as stream:
-        return json.load(stream)
-
-
 def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleContext:
     return ModuleContext(name, recipe.seed, recipe.rank, task.known)
 
@@ -91,7 +85,7 @@ def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
 def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
     dtypes = (dtype for digest in task.inputs for dtype in bench.open_adapter(digest).dtypes)
     dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(dtypes)
-    method = build(recipe.method, recipe.parameters)
+    method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
     deltas = bench.deltas(task.inputs, name, task.modules[name])
     return merge_module(method, deltas, task.weights[name], _context(task, recipe, name), dtype, steps)
@@ -103,7 +97,8 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
     reports = tuple(report for shard in shards for report in shard.reports)
     ranks = _shipped_ranks(recipe, reports)
-    report = certificate(recipe, inputs, reports, rank=max(ranks.values()))
+    learned = adapters.read_json(blobs, task.learned) if task.learned else None
+    report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
     manifest = AdapterManifest(
         base_model=task.base_model,
         config=blobs.put([canonical_json(_config(task, bench, ranks))], media_type=MEDIA_JSON),
@@ -113,8 +108,18 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
         inputs=task.inputs,
         report=blobs.put([canonical_json(report)], media_type=MEDIA_JSON),
         card=blobs.put([model_card(report, task.base_model).encode()], media_type=MEDIA_MARKDOWN),
+        coefficients=blobs.put([canonical_json(_coefficients(recipe, task.inputs, learned))], media_type=MEDIA_JSON)
+        if learned
+        else None,
     )
     return blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
+
+
+def _coefficients(recipe: Recipe, inputs: Sequence[Digest], learned: Mapping[str, Any]) -> dict[str, Any]:
+    """`coefficients.json`: its `table` is the parameter of the method `coefficients`, for these adapters in this order."""
+    names = [{"name": item.name, "id": str(digest)} for item, digest in zip(recipe.adapters, inputs, strict=True)]
+    granularity = recipe.parameters["granularity"]
+    return {"schema": 1, "granularity": granularity, "adapters": names, "table": learned["table"]}
 
 
 def _shipped_ranks(recipe: Recipe, reports: Sequence[ModuleReport]) -> dict[str, int]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, TypeVar, cast
 
-from app import adapters, bases, ingest
+from app import adapters, base_models, bases, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
-from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, ShardTask, SurveyTask
+from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask
 from app.engine.plan import Plan, plan
-from app.engine.task import read_findings
 from app.recipe import Recipe
 from app.services import Services
 from merge_algos import catalogue
@@ -49,6 +48,32 @@ def fetch(run: Run) -> tuple[Digest, ...]:
         found[task.source] = descriptor.digest
         run.report("fetch", len(found), len(sources))
     return tuple(found[source] for source in sources)
+
+
+def learn(run: Run, inputs: Sequence[Digest]) -> dict[str, Any] | None:
+    """The last checkpoint of the training, if the method needs one; begun where an earlier attempt was interrupted."""
+    recipe, jobs = run.recipe, run.services.jobs
+    if recipe.base_model is None:
+        return None
+    fetching = FetchTask(recipe.base_model, "base")
+    ((_, base),) = run.executor.run([fetching], stop=run.stop)
+    checkpoint = jobs.checkpoint(recipe.digest)
+    while checkpoint is None or not _progress(run, checkpoint)["done"]:
+        task = LearnTask(recipe.to_json(), tuple(inputs), base.digest, checkpoint.digest if checkpoint else None)
+        ((_, checkpoint),) = run.executor.run([task], stop=run.stop)
+        jobs.set_checkpoint(recipe.digest, checkpoint)
+    return checkpoint.to_json()
+
+
+def _progress(run: Run, checkpoint: Descriptor) -> Mapping[str, Any]:
+    training: Mapping[str, Any] = adapters.read_json(run.services.blobs, checkpoint.digest)["training"]
+    run.report("learn", training["step"], training["steps"])
+    return training
+
+
+def learned_table(services: Services, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What merging needs to know of a training."""
+    return {"table": adapters.read_json(services.blobs, Descriptor.from_json(checkpoint).digest)["table"]}
 
 
 def survey(run: Run, inputs: Sequence[Digest], step: Callable[[Callable[[], Any]], Any]) -> Any:
@@ -89,12 +114,16 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     return tuple(finished[number] for number in range(len(planned.shards)))
 
 
-def assemble(run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor]) -> Digest:
+def assemble(
+    run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor], checkpoint: Mapping[str, Any] | None = None
+) -> Digest:
     """The manifest of the merged adapter, or of the basis."""
     planned = plan_for(run.services, run.recipe, inputs)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
     task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
+    if checkpoint is not None:
+        task = replace(task, learned=Descriptor.from_json(checkpoint).digest)
     ((_, descriptor),) = run.executor.run([task], stop=run.stop)
     run.report("assemble", 1, 1)
     return descriptor.digest
@@ -118,12 +147,22 @@ def _record(services: Services, recipe: Recipe, artefact: Digest) -> tuple[Adapt
     """The index row of a result, and what it was made of: adapters, and the basis that a basis extends."""
     if catalogue.find(recipe.method).produces == "adapter":
         opened = OpenAdapter.open(services.blobs, artefact)
-        return ingest.describe_merged(services, opened.manifest, artefact, opened.spec), opened.manifest.inputs
+        merged = ingest.describe_merged(services, opened.manifest, artefact, opened.spec)
+        learned_from = _learned_from(services, recipe)
+        return replace(merged, restricted=tuple(dict.fromkeys((*merged.restricted, *learned_from)))), opened.manifest.inputs
     basis = bases.OpenBasis.open(services.blobs, artefact)
     extends = Digest.parse(recipe.extends) if recipe.extends else None
     modules = {name for group in basis.contents["groups"] for task in group["tasks"] for name in task["modules"]}
     record = ingest.describe_basis(services, basis.manifest, artefact, len(modules), extends)
     return record, (*([extends] if extends else []), *basis.manifest.inputs)
+
+
+def _learned_from(services: Services, recipe: Recipe) -> tuple[str, ...]:
+    """What a result is restricted by through the data and the base model that its coefficients were learned with."""
+    data = tuple(source for task in recipe.tasks for source in task.restricted)
+    if recipe.base_model is None:
+        return data
+    return (*data, *base_models.restrictions(services, base_models.obtain(services, recipe.base_model)))
 
 
 def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:
@@ -141,8 +180,9 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Pl
 def run_all(run: Run) -> Digest:
     """The whole merge in this process, without a job database: what the command line does when there is no server."""
     inputs = fetch(run)
-    known = survey(run, inputs, lambda body: body())
-    adapter = assemble(run, inputs, merge(run, inputs, known))
+    checkpoint = learn(run, inputs)
+    known = learned_table(run.services, checkpoint) if checkpoint else survey(run, inputs, lambda body: body())
+    adapter = assemble(run, inputs, merge(run, inputs, known), checkpoint)
     publish(run.services, run.recipe, adapter)
     return adapter
 
@@ -165,7 +205,7 @@ def _findings(run: Run, tasks: Sequence[SurveyTask], modules: int) -> Iterator[A
     done, following, early = 0, 0, dict[int, Any]()
     run.report("survey", 0, modules)
     for task, blob in run.executor.run(tasks, stop=run.stop):
-        early[task.number] = read_findings(run.services.blobs, blob)
+        early[task.number] = adapters.read_json(run.services.blobs, blob.digest)
         done += len(task.modules)
         run.report("survey", done, modules)
         while following in early:

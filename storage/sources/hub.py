@@ -1,4 +1,4 @@
-"""Adapters from a Hugging Face Hub: a reference becomes a pinned snapshot, and its two files become verified blobs.
+"""Files from a Hugging Face Hub: a reference becomes a pinned snapshot or listing, and its files become verified blobs.
 
 Why not `hf_hub_download`, measured on huggingface_hub 2.4: it does not notice same-size corruption, a hostile ETag makes
 it write outside its cache, a kill leaves `.incomplete` files behind, it retries neither a TCP reset nor a 503 on GET, and
@@ -43,9 +43,9 @@ from storage.errors import (
     RevisionNotFound,
     TokenRefused,
 )
-from storage.sources.hub_snapshot import WEIGHTS, HubFile, HubRef, HubSnapshot, read_snapshot
+from storage.sources.hub_snapshot import WEIGHTS, HubFile, HubListing, HubRef, HubSnapshot, read_listing, read_snapshot
 
-__all__ = ["PUBLIC_HUB", "Hub", "HubFile", "HubRef", "HubSnapshot"]
+__all__ = ["PUBLIC_HUB", "Hub", "HubFile", "HubListing", "HubRef", "HubSnapshot"]
 
 log = logging.getLogger(__name__)
 
@@ -93,18 +93,26 @@ class Hub:
                 _head(replace(call, ref=snapshot.ref), snapshot.weights.path)
         return snapshot
 
-    def check_access(self, ref: HubRef, *, token: str | None = None) -> None:
-        """Ask the Hub whether this caller may read the weights at `ref`; returns if so.
+    def listing(self, ref: HubRef, *, token: str | None = None) -> HubListing:
+        """What `ref` holds now, pinned to its commit. The Hub describes a gated repository to everyone: see `check_access`.
+
+        Raises RepoNotFound, RevisionNotFound, TokenRefused, HubUnavailable.
+        """
+        with self._call(ref, token) as call:
+            return read_listing(ref, _info(call))
+
+    def check_access(self, ref: HubRef, *, file: str = WEIGHTS, token: str | None = None) -> None:
+        """Ask the Hub whether this caller may read this file at `ref`; returns if so.
 
         To be called before a restricted blob, fetched for one caller, is handed to another.
         Raises RepoNotFound, RevisionNotFound, GatedRepo, TokenRefused, NotAnAdapter, HubUnavailable.
         """
         with self._call(ref, token) as call:
-            _head(call, ref.file(WEIGHTS))
+            _head(call, ref.file(file))
 
     def fetch(
         self,
-        snapshot: HubSnapshot,
+        snapshot: HubSnapshot | HubListing,
         file: HubFile,
         blobs: BlobStore,
         *,
@@ -270,7 +278,7 @@ class _Passing(Exception):
 
 
 def _info(call: _Call) -> bytes:
-    url = f"{call.hub.url}/api/models/{call.ref.repo}/revision/{quote(call.ref.revision, safe='')}?blobs=true"
+    url = f"{call.hub.url}/api/{call.ref.kind}/{call.ref.repo}/revision/{quote(call.ref.revision, safe='')}?blobs=true"
     while True:
         text = bytearray()
         with call.attempt(), call.answer("GET", url) as answer:
@@ -367,7 +375,8 @@ def _verified(chunks: Iterator[bytes], file: HubFile) -> Generator[bytes, None, 
 
 
 def _url(call: _Call, path: str) -> str:
-    return hf_hub_url(call.ref.repo, path, revision=call.ref.revision, endpoint=call.hub.url)
+    kind = call.ref.kind.removesuffix("s")
+    return hf_hub_url(call.ref.repo, path, repo_type=kind, revision=call.ref.revision, endpoint=call.hub.url)
 
 
 def _retry_after_s(response: httpx2.Response) -> float:

@@ -1,12 +1,12 @@
-"""What an adapter on a Hub is, before a byte of it is read: its reference, and its snapshot at one commit.
+"""What is on a Hub, before a byte of it is read: a reference, the files at one commit, and the adapter among them.
 
-Both come from strangers, a caller and a server, so both are checked here and plain values from here on.
+All of it comes from strangers, a caller and a server, so it is checked here and made of plain values from here on.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily, which mypy cannot see
@@ -19,6 +19,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
+_DATASETS = "datasets/"  # no account of the Hub may be called so
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The first character keeps out hidden files, `.`, `..`, options and the empty part; `%` and `\` are in no part at all.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
@@ -30,12 +31,15 @@ _LICENCE_MAX_CHARS = 200
 class HubRef:
     """A folder of a repository at a revision: a branch, a tag, `refs/pr/1` or a commit. `subfolder` is "" at the root.
 
+    kind: as in the Hub's own addresses.
+
     Raises BadSource for anything that is not plainly such a name.
     """
 
     repo: str
     revision: str = "main"
     subfolder: str = ""
+    kind: Literal["models", "datasets"] = "models"
 
     def __post_init__(self) -> None:
         if self.repo.count("/") != 1:
@@ -51,13 +55,14 @@ class HubRef:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`org/name[/folder][@revision]`, the part after `hub:`."""
-        place, at, revision = text.partition("@")
+        """`[datasets/]org/name[/folder][@revision]`, the part after `hub:`."""
+        place, at, revision = text.removeprefix(_DATASETS).partition("@")
         org, _, rest = place.partition("/")
         name, slash, subfolder = rest.partition("/")
         if slash and not subfolder:
             raise BadSource(f"hub:{text}", "the folder is empty")
-        return cls(f"{org}/{name}", revision if at else "main", subfolder)
+        kind: Literal["models", "datasets"] = "datasets" if text.startswith(_DATASETS) else "models"
+        return cls(f"{org}/{name}", revision if at else "main", subfolder, kind)
 
     @property
     def is_commit(self) -> bool:
@@ -68,7 +73,8 @@ class HubRef:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def __str__(self) -> str:
-        return f"hub:{self.repo}{self.subfolder and '/'}{self.subfolder}@{self.revision}"
+        kind = _DATASETS if self.kind == "datasets" else ""
+        return f"hub:{kind}{self.repo}{self.subfolder and '/'}{self.subfolder}@{self.revision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,15 @@ class HubFile:
     size_bytes: int
     sha256: Digest | None = None
     git_sha1: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubListing:
+    """The files of a repository at one commit, those of `ref`'s folder by their name in it. Otherwise as HubSnapshot."""
+
+    ref: HubRef
+    restricted: bool
+    names: Mapping[str, HubFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +134,29 @@ def read_snapshot(ref: HubRef, text: bytes) -> HubSnapshot:
 
     Raises PickleOnly, NotAnAdapter; HubUnavailable if the answer is malformed or about another commit.
     """
-    info = _parse(ref, text)
-    if ref.is_commit and info.sha != ref.revision:
-        raise HubUnavailable(ref.repo, f"it answered for another commit than {ref.revision}")
-    return _snapshot(ref, info)
+    return _snapshot(ref, _parse(ref, text))
+
+
+def read_listing(ref: HubRef, text: bytes) -> HubListing:
+    """All files below `ref` in the same answer. Raises HubUnavailable, as `read_snapshot`."""
+    info, folder = _parse(ref, text), ref.file("")
+    files = [_announced(ref, sibling) for sibling in info.siblings if sibling.rfilename.startswith(folder)]
+    names = {file.path.removeprefix(folder): file for file in files}
+    return HubListing(replace(ref, revision=info.sha), _is_restricted(info), names)
 
 
 def _parse(ref: HubRef, text: bytes) -> _Info:
     try:
-        return _Info.model_validate_json(text)
+        info = _Info.model_validate_json(text)
     except ValidationError:
         raise HubUnavailable(ref.repo, "its description of the repository was not understood") from None
+    if ref.is_commit and info.sha != ref.revision:
+        raise HubUnavailable(ref.repo, f"it answered for another commit than {ref.revision}")
+    return info
+
+
+def _is_restricted(info: _Info) -> bool:
+    return info.private or bool(info.gated)
 
 
 def _snapshot(ref: HubRef, info: _Info) -> HubSnapshot:
@@ -143,7 +170,7 @@ def _snapshot(ref: HubRef, info: _Info) -> HubSnapshot:
             raise NotAnAdapter(ref.repo, path)
     return HubSnapshot(
         ref=replace(ref, revision=info.sha),
-        restricted=info.private or bool(info.gated),
+        restricted=_is_restricted(info),
         licence=_licence(info.card or {}),
         config=_announced(ref, files[config]),
         weights=_announced(ref, files[weights]),

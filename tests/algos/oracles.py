@@ -318,10 +318,29 @@ def best(X: Tensor, rank: int | None) -> Tensor:
     return U[:, :rank] * S[:rank] @ Vh[:rank]
 
 
+def coefficients(given: Sequence[Given], call: Call) -> Tensor:
+    """Without a table; with one, see test_learn_layout."""
+    return task_arithmetic(given, call)
+
+
 ORACLES: Mapping[str, Oracle] = {
     oracle.__name__: oracle
     for oracle in (
-        *(breadcrumbs, core_space, ctm, dare, della, iso_c, iso_cts, knots, lego, magnitude_prune, np_lora, peft_linear),
+        *(
+            breadcrumbs,
+            coefficients,
+            core_space,
+            ctm,
+            dare,
+            della,
+            iso_c,
+            iso_cts,
+            knots,
+            lego,
+            magnitude_prune,
+            np_lora,
+            peft_linear,
+        ),
         *(pico, spectral, task_arithmetic, ties, tsv),
     )
 }

@@ -35,6 +35,7 @@ NOT_NEGATIVE = (-0.1, *NOT_NUMBERS)
 CHOICE = ("no_such", "", None, 1)
 BAD: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "breadcrumbs": {"beta": FRACTION, "gamma": (1.0, *NOT_NEGATIVE)},
+    "coefficients": {"table": (None, 1, "ties", [1.0], [{"m": math.nan}], [{"m": "1"}], [{"m": [0.5, math.inf]}], [{"m": None}])},
     "core_space": {"inner": CHOICE, "density": FRACTION, "lam": FINITE},
     "ctm": {"iterations": (-1, 2.5, *NOT_NUMBERS)},
     "dare": {"density": FRACTION, "combine": CHOICE},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.cli import app, rmm_app, store_app
+from app.cli import app, data_app, rmm_app, store_app
 from asking import Preloaded, Ran, braid, hub_files, make_named
 from hub_server import HubServer
 from making import Made, dense, dense_directory, make
@@ -19,7 +19,19 @@ from storage.files import FileBlobs
 
 MATH, CODE = make(101, r=3, base_model="org/cli"), make(102, r=2, base_model="org/cli")
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "report.json"]
-COMMANDS = ["serve", "worker", "merge", "reconstruct", "import", "demo", "rmm show", "store gc", "store verify"]
+COMMANDS = [
+    "serve",
+    "worker",
+    "merge",
+    "reconstruct",
+    "import",
+    "demo",
+    "rmm show",
+    "data add",
+    "data list",
+    "store gc",
+    "store verify",
+]
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +245,11 @@ def test_every_command_shows_an_example(command: str, data_dir: Path, preloaded:
 
 def test_no_command_is_left_out() -> None:
     top = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
-    groups = [(group, getattr(c.callback, "__name__", "")) for group in (store_app, rmm_app) for c in group.registered_commands]
+    groups = [
+        (group, c.name or getattr(c.callback, "__name__", ""))
+        for group in (store_app, rmm_app, data_app)
+        for c in group.registered_commands
+    ]
     below = [f"{group.info.name} {name}" for group, name in groups]
     assert sorted(top + below) == sorted(COMMANDS)
 

@@ -48,6 +48,7 @@ def existing(server: Server) -> dict[str, str]:
     job = server.merge(source)
     basis = server.merge(source, method="rmm", parameters={"codec": "lossless"}, adapters=[{"source": source, "name": "math"}])
     ids = {"job_id": job["id"], "adapter_id": job["result"]["id"], "basis_id": basis["result"]["id"]}
+    ids["data_id"] = server.http.post("/data", files={"file": ("x", b'{"text": "a"}')}).json()["id"]
     return {**ids, "task": "math", "part": "report.json", "name": "task_arithmetic"}
 
 

@@ -1,0 +1,240 @@
+"""Base models in: from the Hub or the operator's own directories into the store, and out again as a directory to load."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from app import ingest
+from app.errors import UnknownBaseModel
+from app.services import Services
+from storage import base_files
+from storage.base_files import CONFIG, GGUF, INDEX
+from storage.blobs import BlobStore
+from storage.digest import Descriptor, Digest
+from storage.errors import BadSource, BlobTooLarge, InvalidTensorFile, NoBaseModel
+from storage.index import now
+from storage.library import BaseRecord
+from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_TENSORS, BaseManifest
+from storage.model_folders import make_folder
+from storage.sources.hub import HubListing, HubRef
+from storage.tensors import read_header
+
+_CHUNK_BYTES = 1024 * 1024
+_MAX_JSON_BYTES = 64 * 1024 * 1024
+_GGUF_MAGIC = b"GGUF"
+
+
+def pin(services: Services, source: str, *, token: str | None, field: str = "base_model") -> str:
+    """The base model as a recipe names it, which this caller may read: `hub:…@commit` or `sha256:…`.
+
+    A directory is read now, for it may change; so is what only this caller's token can read, for that is not kept.
+    Raises BadSource, UnknownBaseModel, NoBaseModel, PickleOnly, InvalidTensorFile, BlobTooLarge and the Hub's errors.
+    """
+    kind, _, rest = source.partition(":")
+    match kind:
+        case "hub":
+            return _pin_hub(services, _model_ref(source), token)
+        case "dir":
+            return str(_import_directory(services, _inside(services, rest, source), source))
+        case "sha256":
+            return str(_known(services, Digest.parse(source), token))
+    raise BadSource(source, f"{field} must begin with hub:, dir: or sha256:")
+
+
+def obtain(services: Services, pinned: str) -> Digest:
+    """The manifest of a pinned base model, fetched with the operator's token if it is not here. Raises as `pin`."""
+    if not pinned.startswith("hub:"):
+        digest = Digest.parse(pinned)
+        if not ingest.complete(services, digest):
+            raise UnknownBaseModel(pinned)
+        return digest
+    ref = _model_ref(pinned)
+    held = _held(services, ref)
+    if held is not None:
+        return held
+    listing, chosen = _choose(services, ref, token=None)
+    return _import_hub(services, listing, chosen, token=None)
+
+
+def folder(services: Services, base: Digest) -> Path:
+    """A directory with the files of a base model under their own names; read-only. Raises BlobNotFound, NoBaseModel."""
+    return make_folder(services.layout, services.blobs, base, read(services, base).files)
+
+
+def read(services: Services, base: Digest) -> BaseManifest:
+    """Raises BlobNotFound, NoBaseModel."""
+    with services.blobs.open(base) as stream:
+        return BaseManifest.from_bytes(stream.read())
+
+
+def restrictions(services: Services, base: Digest) -> tuple[str, ...]:
+    """What a result learned on this base is restricted by. One that was forgotten counts as private if it is from the Hub."""
+    record = services.library.base(base)
+    if record is not None:
+        return record.restricted
+    manifest = read(services, base)
+    return (_guard(manifest.source, next(iter(_weights(manifest.files)))),) if manifest.source.startswith("hub:") else ()
+
+
+def _pin_hub(services: Services, ref: HubRef, token: str | None) -> str:
+    known = services.library.base_from(str(ref))
+    if known is not None and not known.restricted:
+        return str(ref)
+    listing, chosen = _choose(services, ref, token=token)
+    if listing.restricted and token is not None:
+        _import_hub(services, listing, chosen, token=token)
+    return str(listing.ref)
+
+
+def _choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubListing, dict[str, str]]:
+    """The listing and, by our names, the files that make the base model; the caller may read them."""
+    listing = services.hub.listing(ref, token=token)
+    chosen = base_files.choose([name for name in listing.names if "/" not in name], str(ref))
+    if listing.restricted:
+        services.hub.check_access(listing.ref, file=chosen[_first_weights(chosen)], token=token)
+    return listing, chosen
+
+
+def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, str], *, token: str | None) -> Digest:
+    held = _held(services, listing.ref)
+    if held is not None:
+        return held
+    limit_bytes = services.settings.max_base_bytes
+    if sum(listing.names[theirs].size_bytes for theirs in chosen.values()) > limit_bytes:
+        raise BlobTooLarge(limit_bytes)
+    files = {
+        ours: services.hub.fetch(listing, listing.names[theirs], services.blobs, media_type=_media_type(ours), token=token)
+        for ours, theirs in chosen.items()
+    }
+    source = str(listing.ref)
+    restricted = (_guard(source, chosen[_first_weights(chosen)]),) if listing.restricted else ()
+    return _record(services, files, source, restricted)
+
+
+def _held(services: Services, ref: HubRef) -> Digest | None:
+    known = services.library.base_from(str(ref))
+    return known.id if known is not None and ingest.complete(services, known.id) else None
+
+
+def _known(services: Services, digest: Digest, token: str | None) -> Digest:
+    record = services.library.base(digest)
+    if record is None or not ingest.complete(services, digest):
+        raise UnknownBaseModel(str(digest))
+    ingest.check_access(services, record, token=token)
+    return digest
+
+
+def _inside(services: Services, relative: str, source: str) -> Path:
+    """The directory of that name below the one the operator allows. Raises BadSource, UnknownBaseModel."""
+    root = services.settings.bases_dir
+    if root is None:
+        raise BadSource(source, "this service reads no directories; its operator may allow one with BRAID_BASES_DIR")
+    path = Path(relative)
+    if not relative.isprintable() or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise BadSource(source, "write dir: and a plain path below the directory that the operator allows")
+    try:
+        found = _contained(root, root / path, source)
+    except (OSError, RuntimeError):  # nothing there, a name too long, a loop of links
+        found = None
+    if found is None or not found.is_dir():
+        raise UnknownBaseModel(source)
+    return found
+
+
+def _contained(root: Path, path: Path, source: str) -> Path:
+    """Where the path really leads. Raises BadSource if that is outside, OSError if nowhere."""
+    real = path.resolve(strict=True)
+    if not real.is_relative_to(root.resolve()):
+        raise BadSource(source, f"{path.name[:100]} leads out of the directory that the operator allows")
+    return real
+
+
+def _import_directory(services: Services, directory: Path, source: str) -> Digest:
+    chosen = base_files.choose([path.name for path in directory.iterdir() if path.is_file()], source)
+    root, left_bytes = services.settings.bases_dir or directory, services.settings.max_base_bytes
+    files: dict[str, Descriptor] = {}
+    for ours, theirs in chosen.items():
+        chunks = _chunks(_contained(root, directory / theirs, source))
+        files[ours] = services.blobs.put(chunks, media_type=_media_type(ours), limit_bytes=left_bytes)
+        left_bytes -= files[ours].size_bytes
+    return _record(services, files, source, ())
+
+
+def _record(services: Services, files: Mapping[str, Descriptor], source: str, restricted: tuple[str, ...]) -> Digest:
+    _check(services.blobs, files, source)
+    stored = services.blobs.put([BaseManifest(files, source).to_bytes()], media_type=MEDIA_BASE)
+    size_bytes = sum(part.size_bytes for part in files.values())
+    services.library.add_base(BaseRecord(stored.digest, source, size_bytes, restricted, now()))
+    return stored.digest
+
+
+def _check(blobs: BlobStore, files: Mapping[str, Descriptor], source: str) -> None:
+    """Headers and lists, before anything reads what they lead to. Raises NoBaseModel, InvalidTensorFile naming the file."""
+    for name, part in _weights(files).items():
+        (_check_gguf if name == GGUF else _check_safetensors)(blobs, name, part, source)
+    for name in (CONFIG, INDEX):
+        if name in files:
+            document = _json_object(blobs, name, files[name], source)
+            if name == INDEX:
+                base_files.require_index_of(document.get("weight_map"), files, source)
+
+
+def _check_safetensors(blobs: BlobStore, name: str, part: Descriptor, source: str) -> None:
+    try:
+        with blobs.open(part.digest) as stream:
+            read_header(stream, part.size_bytes)
+    except InvalidTensorFile as error:
+        raise InvalidTensorFile(f"{name} of {source[:200]}: {error.reason}", error.tensor) from error
+
+
+def _check_gguf(blobs: BlobStore, name: str, part: Descriptor, source: str) -> None:
+    with blobs.open(part.digest) as stream:
+        if stream.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise NoBaseModel(source, f"{name} does not begin as a GGUF file does")
+
+
+def _json_object(blobs: BlobStore, name: str, part: Descriptor, source: str) -> Mapping[str, object]:
+    with blobs.open(part.digest) as stream:
+        raw = stream.read(_MAX_JSON_BYTES + 1)
+    try:
+        parsed = json.loads(raw)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict) or len(raw) > _MAX_JSON_BYTES:
+        raise NoBaseModel(source, f"its {name} is not a JSON object")
+    return parsed
+
+
+def _weights(files: Mapping[str, Descriptor]) -> dict[str, Descriptor]:
+    return {name: part for name, part in files.items() if _is_weights(name)}
+
+
+def _first_weights(names: Iterable[str]) -> str:
+    return next(name for name in names if _is_weights(name))
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf"))
+
+
+def _guard(source: str, file: str) -> str:
+    """What `ingest.check_access` asks the Hub for: a source, and a file there that only those may read who may read it all."""
+    return f"{source}#{file}"
+
+
+def _model_ref(source: str) -> HubRef:
+    ref = HubRef.parse(source.removeprefix("hub:"))
+    if ref.kind != "models":
+        raise BadSource(source, "a dataset is no base model")
+    return ref
+
+
+def _media_type(name: str) -> str:
+    known = {".safetensors": MEDIA_TENSORS, ".json": MEDIA_JSON}
+    return known.get(Path(name).suffix, "application/octet-stream")
+
+
+def _chunks(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
