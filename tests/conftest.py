@@ -6,6 +6,13 @@ import pytest
 
 from serving import Server, serving
 
+LONGEST = ("test_kill.py", "test_codecs.py", "test_survey_job.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes begin first: begun last, one of them would run alone while all other processes wait."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
