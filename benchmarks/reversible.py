@@ -12,6 +12,7 @@ there is not measured again: an interrupted run goes on where it was, and change
 
 import argparse
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -30,11 +31,13 @@ from rich.progress import track
 from torch import Tensor
 
 from merge_algos import LowRankDelta, codecs
+from merge_algos.lowrank import distance
 from merge_algos.reversible import Candidate, Options, Survey, allocate, decode_task, encode, survey
 
 HERE = Path(__file__).parent
 BUDGETS = (0.1, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 SCORED = (0.1, 0.125, 0.25, 0.5, 1.0)  # budgets at which auto's adapters are run; other codecs' at the middle three
+MODELS = (2, 3, 4)  # of the basis that the paper's outline may also mean: whole models, not directions per position
 MODULES, ADAPTERS, SIZE, RANK = 4, 8, 256, 8  # of a synthetic regime
 Module = Sequence[LowRankDelta]  # of every adapter its delta
 
@@ -99,6 +102,8 @@ def main() -> None:
     for key, measure in track(steps, "measuring", console=Console(stderr=True)):
         state.measure(key, measure)
     rows = [row(name, case, regimes[name], state, args.split) for name in wanted for case in cases()]
+    if zoo is not None:
+        rows += [models_row(regimes["zoo"], p, state, args.split) for p in MODELS]
     print(tables(rows))
     if args.split == "test" and not args.only:
         (HERE / "REVERSIBLE.md").write_text(page(rows, ABOUT))
@@ -134,6 +139,8 @@ def steps_of(name: str, modules: Mapping[str, Module], zoo: Zoo | None, state: S
     """What to measure under which key: so little each that little is lost when interrupted. A zoo: also score."""
     if zoo is not None:
         yield score_key(zoo.split, None), lambda: scores(zoo, by_task(modules))
+        for p in MODELS:
+            yield models_key(zoo.split, p), lambda p=p: scores(zoo, whole_models(modules, p))
     weights = importance(modules)
     for surveyed in dict.fromkeys(case.surveyed for case in cases()):
         for module in modules:
@@ -151,6 +158,25 @@ def survey_key(name: str, options: Options, module: str) -> str:
 def score_key(split: str, case: Case | None) -> str:
     """None: the adapters as they are."""
     return f"score/{split}/{case.label}/{case.at}" if case else f"score/{split}/original"
+
+
+def models_key(split: str, p: int) -> str:
+    return f"score/{split}/rmm, p models/{p}"
+
+
+def whole_models(modules: Mapping[str, Module], p: int) -> list[dict[str, LowRankDelta]]:
+    """RMM read as a basis of p whole models: of each factor, n tasks as n long vectors, the best p directions among them."""
+    rebuilt = {}
+    for module, deltas in modules.items():
+        B, A = (best_directions(torch.stack(factors), p) for factors in zip(*((d.B, d.A) for d in deltas), strict=True))
+        rebuilt[module] = [LowRankDelta(*pair) for pair in zip(B, A, strict=True)]
+    return by_task(rebuilt)
+
+
+def best_directions(X: Tensor, p: int) -> Tensor:
+    """X: (n, ..)."""
+    U, S, Vh = torch.linalg.svd(X.flatten(1).double(), full_matrices=False)
+    return ((U[:, :p] * S[:p]) @ Vh[:p]).reshape(X.shape).float()
 
 
 def importance(modules: Mapping[str, Module]) -> list[float]:
@@ -206,6 +232,23 @@ def row(name: str, case: Case, modules: Mapping[str, Module], state: State, spli
         chosen=dict(Counter(choice.codec for choice in choices.values())),
         scores={task: Score.of(original[task], kept[task]) for task in kept},
         seconds=sum(state.found[survey_key(name, case.surveyed, module)]["seconds"] for module in modules),
+    )
+
+
+def models_row(modules: Mapping[str, Module], p: int, state: State, split: str) -> Row:
+    original, kept = state[score_key(split, None)], state[models_key(split, p)]
+    given, rebuilt = by_task(modules), whole_models(modules, p)
+    lost = [math.hypot(*(distance(d, back[m]) for m, d in own.items())) for own, back in zip(given, rebuilt, strict=True)]
+    norms = [math.hypot(*(delta.norm() for delta in own.values())) for own in given]
+    return Row(
+        regime="zoo",
+        label="rmm, p models",
+        at=f"p={p}",
+        size=p / len(given),
+        errors=tuple(error / norm for error, norm in zip(lost, norms, strict=True)),
+        chosen={"rmm, p models": len(modules)},
+        scores={task: Score.of(original[task], kept[task]) for task in kept},
+        seconds=0.0,
     )
 
 

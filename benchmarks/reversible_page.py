@@ -19,8 +19,9 @@ COLOURS = {
     "truncate bf16": "#2a6f97",
     "truncate int8": "#61a5c2",
     "rmm bf16": "#f4a261",
+    "rmm, p models": "#e76f51",
 }
-PUBLISHED = "rmm bf16"  # by p, not by budget
+PUBLISHED = ("rmm bf16", "rmm, p models")  # by p, not by budget
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ def tables(rows: Sequence[Row]) -> str:
 def section(rows: Sequence[Row], about: str = "") -> str:
     """Of one regime."""
     scored = [row for row in rows if row.scores]
-    parts = [f"## {rows[0].regime}", about, errors_table(rows), published(rows)]
+    parts = [f"## {rows[0].regime}", about, errors_table(rows), *(published(rows, label) for label in PUBLISHED)]
     if scored:
         parts += ["### Accuracy", scores_table(scored), "### Accuracy by task, codec auto", tasks_table(scored)]
     return "\n\n".join(part for part in parts if part)
 
 
 def errors_table(rows: Sequence[Row]) -> str:
-    found = {(row.label, row.at): row for row in rows if row.label != PUBLISHED}
+    found = {(row.label, row.at): row for row in rows if row.label not in PUBLISHED}
     budgets = list(dict.fromkeys(at for _, at in found))
     lines = [["relative error at", *budgets]]
     for label in dict.fromkeys(label for label, _ in found):
@@ -105,14 +106,12 @@ def choice(chosen: Mapping[str, int]) -> str:
     return ", ".join(f"{codec} {count}" for codec, count in sorted(chosen.items()))
 
 
-def published(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            ["published rmm, bf16", *(row.at for row in rows if row.label == PUBLISHED)],
-            ["size", *(f"{row.size:.3f}" for row in rows if row.label == PUBLISHED)],
-            ["relative error", *(fraction(row.rms) for row in rows if row.label == PUBLISHED)],
-        ]
-    )
+def published(rows: Sequence[Row], label: str) -> str:
+    own = [row for row in rows if row.label == label]
+    if not own:
+        return ""
+    sizes, errors = [f"{row.size:.3f}" for row in own], [fraction(row.rms) for row in own]
+    return table([[f"published {label}", *(row.at for row in own)], ["size", *sizes], ["relative error", *errors]])
 
 
 def scores_table(rows: Sequence[Row]) -> str:
@@ -184,7 +183,8 @@ Codec `auto`, on the zoo:
 
 Rows named after a codec alone are in the encoding `auto`, the default; `truncate bf16` and `truncate int8` are plain truncation
 in one fixed encoding, the strongest terms over all adapters of a module (at a budget of 0.5 and in bf16 half of them), and
-published rmm (arXiv:2510.14163) keeps p directions per position, unquantised.
+`rmm bf16` is the published method (arXiv:2510.14163) with p directions per position, unquantised; `rmm, p models` is the other
+reading of its outline, p whole models of which every adapter is a combination, likewise unquantised.
 
 {sections}
 """
@@ -227,4 +227,6 @@ def curves(axes: Any, rows: Sequence[Row], value: Callable[[Row], float]) -> Non
     for label, colour in COLOURS.items():
         points = sorted((row.size, value(row)) for row in rows if row.label == label)
         broad = {"lw": 7, "solid_capstyle": "round"} if label == "auto" else {"lw": 1.4, "marker": "o", "ms": 3}
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), color=colour, ls="--" if " " in label else "-", label=label, **broad)
