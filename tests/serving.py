@@ -122,7 +122,7 @@ def stop(process: subprocess.Popen[str]) -> None:
             child.send_signal(signal.SIGKILL)
 
 
-def eventually(probe: Callable[[], T | None], *, wait_s: float = 30, every_s: float = 0.05) -> T:
+def eventually(probe: Callable[[], T | None], *, wait_s: float = 120, every_s: float = 0.05) -> T:
     """The first answer of `probe` that is not None. Fails after `wait_s`."""
     ends_at = time.monotonic() + wait_s
     while time.monotonic() < ends_at:

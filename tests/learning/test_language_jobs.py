@@ -18,7 +18,7 @@ from serving import Server, eventually, serving
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = 600  # steps: some seconds
+LONG = 300  # steps: some seconds
 
 
 @pytest.fixture(scope="module")
