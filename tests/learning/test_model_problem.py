@@ -23,6 +23,7 @@ from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.objectives import IGNORED
 from merge_algos.learn.problem import Task
+from merge_algos.learned.atlas import Atlas
 from merge_algos.lowrank import concat
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -247,6 +248,19 @@ def language_problem(model: Any, rows: Rows, pad: int) -> ModelProblem:
         per_pass=2,
         device=CPU,
     )
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_batch_of_texts_add_up_to_its_gradient(llama: Path, parts: int) -> None:
+    """Texts have unequal numbers of tokens, and the mean is over tokens."""
+    model, tokenizer = load_base(llama, "causal_lm", CPU)
+    rows = continued("t", tokenizer, None, LLAMA_TEXTS, LIMITS)
+    problem = language_problem(model, rows, pad_token(tokenizer))
+    whole, cut = (Atlas(steps=1, init=0.3, batch_size=4, accumulate=n) for n in (1, parts))
+    states = [each.advance(problem, each.begin(problem, seed=0), seed=0, steps=1) for each in (whole, cut)]
+    assert len({len(tokens) for tokens in rows.tokens}) > 1
+    assert states[0].first == pytest.approx(states[1].first, rel=1e-4)
+    assert [s.curve[-1].loss for s in states] == pytest.approx([states[0].curve[-1].loss] * 2, rel=1e-5)
 
 
 def test_a_row_without_a_token_to_predict_is_refused(llama: Path) -> None:
