@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from learning_jobs import add_file, run
-from llama import LLAMA_TEXTS, write_llama
+from llama import LLAMA_TEXTS, write_llama, write_llama_gguf
 from making import make
 from serving import Server, eventually, serving
 
@@ -26,6 +26,8 @@ ENDLESS = 1_000_000
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bases")
     write_llama(root / "llama")
+    (root / "quantised").mkdir()
+    write_llama_gguf(root / "quantised", root / "llama")
     return root
 
 
@@ -35,13 +37,13 @@ def language(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[
         yield running
 
 
-def llama_request(server: Server, **parameters: Any) -> dict[str, Any]:
+def llama_request(server: Server, base: str = "llama", **parameters: Any) -> dict[str, Any]:
     kinds = {"q_proj": (32, 32), "v_proj": (16, 32)}
     shapes = {f"model.layers.{n}.self_attn.{kind}": shape for n in range(2) for kind, shape in kinds.items()}
     rows = [{"text": text, "prompt": "one is", "label": n % 3} for n, text in enumerate(LLAMA_TEXTS * 4)]
     return {
         "method": "atlas",
-        "base_model": "dir:llama",
+        "base_model": f"dir:{base}",
         "parameters": {"steps": 6, "evaluate_every": 2, "init": 0.0, **parameters},
         "adapters": [{"source": server.add(make(seed, shapes=shapes)), "name": f"a{seed}"} for seed in range(2)],
         "tasks": [{"name": "colours", "data": add_file(server, "".join(json.dumps(row) + "\n" for row in rows).encode())}],
@@ -57,6 +59,12 @@ def test_a_language_model_learns(language: Server, more: dict[str, str]) -> None
     curve = job["certificate"]["training"]["curve"]
     assert [point["step"] for point in curve] == [0, 2, 4, 6]
     assert max(point["score"] for point in curve) >= curve[0]["score"]
+
+
+def test_a_gguf_is_a_base_model_too(language: Server) -> None:
+    job = run(language, llama_request(language, base="quantised"))
+    assert job["state"] == "succeeded", job["error"]
+    assert job["certificate"]["training"]["step"] == 6
 
 
 def test_a_classifier_with_heads_of_the_tasks(language: Server) -> None:

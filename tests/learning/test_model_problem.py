@@ -15,7 +15,7 @@ from app.errors import BadBase, BadData
 from app.learning.model import classes_of, load_base, pad_token, take_off_head
 from app.learning.problem import ModelProblem, linear_head, mean_pooled
 from app.learning.rows import Limits, Rows, classified, continued, split
-from llama import LLAMA_TEXTS, write_llama
+from llama import LLAMA_TEXTS, write_llama, write_llama_gguf
 from making import dense_directory
 from merge_algos import LowRankDelta
 from merge_algos.formats import peft
@@ -205,6 +205,14 @@ def test_rows_are_trained_on_or_held_out(count: int, fraction: float, most: int,
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_a_gguf_is_the_model_it_was_made_of(llama: Path, tmp_path: Path) -> None:
+    write_llama_gguf(tmp_path, llama).joinpath("tiny.gguf").rename(tmp_path / "model.gguf")
+    tokens = torch.tensor([[0, 3, 5, 7, 9]])
+    with torch.no_grad():
+        ours, theirs = (load_base(folder, "causal_lm", CPU)[0](input_ids=tokens).logits for folder in (tmp_path, llama))
+    assert torch.equal(ours, theirs)
 
 
 def test_every_token_but_those_of_a_prompt_is_to_be_predicted(llama: Path) -> None:
