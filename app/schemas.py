@@ -152,7 +152,7 @@ class CurvePoint(BaseModel):
     step: int
     loss: float | None = Field(description="mean of the steps since the last point")
     score: float = Field(description="minus the mean loss of the held-out rows")
-    tasks: dict[str, float] = Field(description="each task's loss on its held-out rows")
+    tasks: dict[str, float] = Field(description="each task's loss on its held-out rows, at its best temperature")
 
 
 class Learning(BaseModel):

@@ -11,6 +11,7 @@ that nothing was trained on: the mean loss of an answer's tokens, and how often 
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ SKILLS: Mapping[str, Sequence[str]] = {
 TRAIN, LEARN, TEST = 320, 64, 100  # rows for an adapter, those of them that coefficients are learned on, rows of the test
 MAX_LENGTH = 64
 BATCH = 8
+THREADS = os.cpu_count() or 1
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # label -> method, parameters, weight of each adapter
 CASES: Mapping[str, tuple[str, Mapping[str, Any], float | None]] = {
@@ -157,7 +159,7 @@ def merged(
         limits = {"task_type": "causal_lm", "max_length": MAX_LENGTH, "truncate": True, "epochs": 8}
         body |= {"base_model": f"dir:{base.absolute().name}", "tasks": tasks, "parameters": {**limits, **parameters}}
     started = time.perf_counter()
-    artefact = run_all(running(services, MergeRequest.model_validate(body)))
+    artefact = run_all(running(services, MergeRequest.model_validate(body), THREADS))
     return {"seconds": time.perf_counter() - started, **training_of(services, artefact)}, saved(
         services, artefact, folder / "out"
     )

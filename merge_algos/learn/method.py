@@ -17,6 +17,8 @@ from merge_algos.learn.training import Plan, State, advance, begin, tuned
 from merge_algos.lowrank import LowRankDelta, weighted_sum
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
+_LEAST_STEPS = 100  # a few rows are worth many passes: held-out rows end what goes too far
+
 TaskType = Literal["causal_lm", "sequence_classification", "feature_classification"]
 Pooling = Literal["mean", "first", "last"]
 
@@ -26,7 +28,8 @@ class Learned(MergeMethod):
     """Parameters of every method that is trained.
 
     task_type: what the base model is loaded for. `feature_classification`: the bare model, its last hidden states pooled as
-    `pooling` says, and a head given with each task.  steps: null for as many as make `epochs` passes over the largest task.
+    `pooling` says, and a head given with each task.  steps: null for as many as make `epochs` passes over the largest task,
+    but 100 at least.
     batch_size: rows of each task in a step.  accumulate: parts that a batch is computed in, one after the other: less memory,
     the same gradient.  held_out: fraction of each task's rows for early stopping, at most 256 of them;
     a look every `evaluate_every` steps, and `patience` looks without gain end the training. The best coefficients are kept.
@@ -101,7 +104,7 @@ class Learned(MergeMethod):
         size = min(self.batch_size, most)
         return Plan(
             objective=self.objective,
-            steps=math.ceil(self.epochs * most / size) if self.steps is None else self.steps,
+            steps=max(_LEAST_STEPS, math.ceil(self.epochs * most / size)) if self.steps is None else self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,

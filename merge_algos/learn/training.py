@@ -7,6 +7,7 @@ was interrupted, so on one machine a resumed run ends in the same bytes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor
 from merge_algos.blocks import seed_of
 from merge_algos.errors import TrainingDiverged
 from merge_algos.learn.layout import Layout
-from merge_algos.learn.objectives import Objective, Output, accuracy, cross_entropy, entropy, most_confident, pseudo_labels
+from merge_algos.learn.objectives import (
+    Objective,
+    Output,
+    accuracy,
+    calibrated,
+    cross_entropy,
+    entropy,
+    most_confident,
+    pseudo_labels,
+)
 from merge_algos.learn.problem import Picked, Problem
 
 _CLIP = 1.0  # of the gradient's norm
@@ -271,33 +281,44 @@ def held_out_losses(problem: Problem, plan: Plan, coefficients: Tensor) -> list[
 def losses_of(
     problem: Problem, objective: Objective, coefficients: Tensor, picked: Picked, *, at_once: int, held_out: bool = False
 ) -> list[float]:
-    """The mean loss of each task picked, over all of these rows.  at_once: rows of each task in one pass."""
-    score = lambda output: float(_task_loss(objective, output, None))  # noqa: E731
-    return _means(problem, score, coefficients, picked, at_once=at_once, held_out=held_out)
+    """The mean loss of each task picked, over all of these rows, with labels at the temperature that suits it best.
+
+    at_once: rows of each task in one pass.
+    """
+    found = _means(problem, partial(_scores, objective), coefficients, picked, at_once=at_once, held_out=held_out)
+    return [float(losses.min()) for losses in found]
 
 
 def held_out_accuracies(problem: Problem, coefficients: Tensor, *, at_once: int) -> list[float]:
     """Of each labelled task, at its held-out rows."""
-    return _means(problem, accuracy, coefficients, _held_out(problem), at_once=at_once, held_out=True)
+    score = lambda output: torch.tensor(accuracy(output))  # noqa: E731
+    return [float(a) for a in _means(problem, score, coefficients, _held_out(problem), at_once=at_once, held_out=True)]
+
+
+def _scores(objective: Objective, output: Output) -> Tensor:
+    if objective == "entropy":
+        return entropy(output.logits)
+    assert output.labels is not None
+    return calibrated(output.logits, output.labels)
 
 
 @torch.no_grad()
 def _means(
     problem: Problem,
-    score: Callable[[Output], float],
+    score: Callable[[Output], Tensor],
     coefficients: Tensor,
     picked: Picked,
     *,
     at_once: int,
     held_out: bool,
-) -> list[float]:
-    """A score that is a mean, over more rows than are computed at once."""
-    sums = dict.fromkeys(picked, 0.0)
+) -> list[Tensor]:
+    """Scores that are means, over more rows than are computed at once."""
+    sums = {n: torch.zeros((), dtype=torch.float64) for n in picked}
     for start in range(0, max(map(len, picked.values())), at_once):
         part = {n: rows[start : start + at_once] for n, rows in picked.items() if start < len(rows)}
         counts = _counts(problem, part, held_out=held_out)
         for n, output in zip(part, problem.outputs(coefficients, part, held_out=held_out), strict=True):
-            sums[n] += score(output) * counts[n]
+            sums[n] = sums[n] + score(output).double().cpu() * counts[n]
     return [total / count for total, count in zip(sums.values(), problem.asked(picked, held_out=held_out), strict=True)]
 
 

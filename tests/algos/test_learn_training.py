@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from learning_case import SmallProblem
+from learning_case import SmallProblem, adapters
 from merge_algos import learned
 from merge_algos.errors import InvalidParams, TrainingDiverged
 from merge_algos.learn.method import Learned
-from merge_algos.learn.objectives import IGNORED, Output, accuracy, cross_entropy, entropy, most_confident, pseudo_labels
+from merge_algos.learn.objectives import (
+    IGNORED,
+    Output,
+    accuracy,
+    calibrated,
+    cross_entropy,
+    entropy,
+    most_confident,
+    pseudo_labels,
+)
 from merge_algos.learn.problem import Picked
 from merge_algos.learn.training import State, held_out_accuracies, losses_of
 
@@ -165,10 +174,12 @@ def test_ufm_without_a_row_to_trust_moves_nothing() -> None:
 
 
 def test_negation_forgets_one_task_and_keeps_the_others() -> None:
-    problem = SmallProblem(forget=(0,), rows=200)
-    chosen = method(objective="negation", init=0.5, steps=100)
+    first, *others = adapters()  # the first is the largest, so that there is a skill to forget
+    smaller = [{module: delta.scale(0.3) for module, delta in own.items()} for own in others]
+    problem = SmallProblem([first, *smaller], forget=(0,), rows=200, held_out=200)
+    chosen = method(objective="negation", init=1.0, steps=100)
     state = run(chosen, problem)
-    begun = torch.full((problem.layout.size,), 0.5)
+    begun = torch.full((problem.layout.size,), 1.0)
     before, after = (held_out_accuracies(problem, c, at_once=8) for c in (begun, best(chosen, problem, state)))
     assert after[0] < before[0] - 0.2
     assert sum(after[1:]) >= sum(before[1:]) - 0.1
@@ -176,6 +187,16 @@ def test_negation_forgets_one_task_and_keeps_the_others() -> None:
 
 def test_cross_entropy_is_1_for_guessing() -> None:
     assert math.isclose(float(cross_entropy(torch.zeros(4, 30), torch.arange(4))), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("sureness", [0.3, 1.0, 3.5])
+def test_the_calibrated_loss_does_not_depend_on_how_sure_the_logits_are(sureness: float) -> None:
+    """Against the least over a fine grid, at any scale of the logits that the temperatures reach."""
+    drawn = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (400,), generator=drawn)
+    logits = torch.nn.functional.one_hot(labels, 5) + torch.randn(400, 5, generator=drawn)
+    best = min(float(cross_entropy(logits * scale, labels)) for scale in torch.linspace(0.2, 4, 200))
+    assert best - 1e-4 < float(calibrated(logits * sureness, labels).min()) < best + 0.01
 
 
 def test_tokens_that_nothing_is_asked_of_do_not_count() -> None:
