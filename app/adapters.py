@@ -9,8 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from merge_algos import formats
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats import peft
+from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, check_finite
+from merge_algos.formats.written import factor_names, joined, written
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import ModuleReport, ModuleResult
 from storage.blobs import BlobStore
@@ -31,8 +33,8 @@ class OpenAdapter:
     """A stored adapter, its weights mapped: `delta` reads one module and lets its pages go again."""
 
     manifest: AdapterManifest
-    spec: peft.AdapterSpec
-    modules: Mapping[str, peft.ModuleSpec]
+    spec: AdapterSpec
+    modules: Mapping[str, ModuleSpec]
     tensors: TensorFile
 
     @classmethod
@@ -48,8 +50,8 @@ class OpenAdapter:
         if name not in self.modules:
             return LowRankDelta.zero(*shape).to(torch.float32, device)
         module = self.modules[name]
-        lora_A, lora_B = read_tensor(self.tensors, module.lora_A), read_tensor(self.tensors, module.lora_B)
-        return peft.load(module, lora_A.to(device), lora_B.to(device))
+        by_role = {role: read_tensor(self.tensors, tensor).to(device) for role, tensor in module.tensors.items()}
+        return formats.load(module, by_role)
 
     @property
     def dtypes(self) -> frozenset[str]:
@@ -68,7 +70,7 @@ def read_json(blobs: BlobStore, digest: Digest) -> Any:
         return json.load(stream)
 
 
-def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.AdapterSpec:
+def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> AdapterSpec:
     """Read a whole adapter once before it is accepted.
 
     Raises InvalidTensorFile, UnsupportedAdapter, ShapeMismatch, InvalidParams, BadPattern or NonFiniteTensor, naming
@@ -77,7 +79,7 @@ def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.Ada
     with open_tensors(blobs.path(weights.digest)) as tensors:
         spec = _describe(blobs, config, tensors)
         for name in tensors.header.tensors:
-            peft.check_finite(name, read_tensor(tensors, name))
+            check_finite(name, read_tensor(tensors, name))
     return spec
 
 
@@ -150,19 +152,31 @@ def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
     return torch.frombuffer(copied, dtype=torch.uint8)
 
 
-def padded(name: str, factor: Tensor, r: int) -> Tensor:
-    """A factor by its PEFT name, with rows (A) or columns (B) of zeros up to rank r."""
-    extra = (0, 0, 0, r - factor.shape[0]) if peft.is_lora_A(name) else (0, r - factor.shape[1])
-    return torch.nn.functional.pad(factor, extra)
+def put_adapter(
+    blobs: BlobStore,
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
+    factor: Callable[[str], Tensor],
+    dtype: Callable[[str], str],
+) -> Descriptor:
+    """Store modules as PEFT lays them out, each padded with zeros to its rank.
+
+    factor: the plain factor of a name, as `put_shard` names them, asked for when its turn comes.  dtype: its spelling.
+    """
+    tensors = {tensor.name: tensor for tensor in written(shapes, layers, ranks)}
+    specs = [TensorSpec(name, dtype(tensor.factors[0]), tensor.shape) for name, tensor in tensors.items()]
+    return put_tensors(blobs, specs, lambda name: joined(tensors[name], [factor(part) for part in tensors[name].factors]))
 
 
-def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> peft.AdapterSpec:
+def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> AdapterSpec:
     infos = tensors.header.tensors
     for info in infos.values():
         if info.dtype not in TORCH_DTYPES:
             reason = f"factors of type {info.dtype} have no exact meaning here"
             raise UnsupportedAdapter(f"tensor {info.name[:200]}", reason, f"save it as one of {', '.join(TORCH_DTYPES)}")
-    return peft.describe(_config(blobs, config), {name: info.shape for name, info in infos.items()})
+    shapes = {name: info.shape for name, info in infos.items()}
+    return formats.describe(_config(blobs, config), shapes, tensors.header.metadata)
 
 
 def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:
@@ -178,7 +192,7 @@ def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:
 
 
 def _factors(module: str, delta: LowRankDelta) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    lora_A, lora_B = peft.factor_names(module)
+    lora_A, lora_B = factor_names(module)
     return (lora_A, delta.A), (lora_B, delta.B)
 
 

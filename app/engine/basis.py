@@ -11,6 +11,7 @@ from app.engine.messages import EncodeTask, JoinTask
 from app.recipe import Recipe
 from app.report import basis_certificate
 from merge_algos import catalogue
+from merge_algos.formats.spec import LINEAR
 from merge_algos.protocol import BasisMethod, ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -100,6 +101,7 @@ def _task(bench: Workbench, recipe: Recipe, modules: Sequence[Mapping[str, Any]]
         "fan_in_fan_out": opened.spec.fan_in_fan_out,
         "dtype": adapters.spelling(adapters.widest(opened.dtypes)),
         "modules": {module.name: module.r for module in opened.spec.modules},
+        "layers": {name: layer.to_json() for name, layer in opened.spec.layers.items() if layer != LINEAR},
         "input_bytes": sum(2 * module.r * sum(module.shape) for module in opened.spec.modules),
         "relative_error": bases.whole_error(modules, n),
     }

@@ -1,1 +1,47 @@
-"""Names and flags in an adapter file <-> low-rank factors. One file per naming."""
+"""Names and flags in an adapter file -> low-rank deltas, exactly or not at all.
+
+A naming (`namings/`, one file each) splits tensor names into modules and roles; a kind (`kinds/`, one file each) turns one
+module's tensors into a delta; `written` is the way back. Both are found by what a file holds, never by what it is called.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from merge_algos.adapter import Adapter
+from merge_algos.errors import UnsupportedAdapter
+from merge_algos.formats import kinds, namings
+from merge_algos.formats.spec import AdapterSpec, ModuleSpec, check_finite
+from merge_algos.lowrank import LowRankDelta
+
+
+def describe(
+    config: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None
+) -> AdapterSpec:
+    """The meaning of an adapter file with tensors of these shapes. config: its `adapter_config.json`, if it has one.
+
+    Raises UnsupportedAdapter naming the kind, flag or tensor that has no exact delta, ShapeMismatch naming the module whose
+    tensors or configured rank disagree, BadPattern for a hostile pattern, InvalidParams for a value of the wrong type.
+    """
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    for naming in namings.registry().values():
+        if naming.recognises(config, sizes):
+            return naming.describe(config, sizes, metadata or {})
+    first = next(iter(sizes), "")
+    reason = f"no naming known here has a tensor {first[:200]!r}; there are {', '.join(namings.registry())}"
+    raise UnsupportedAdapter("an adapter without adapter_config.json", reason, "upload it with its config, or convert it to PEFT")
+
+
+def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
+    """The module's delta, scaling folded in. tensors: by role. Raises NonFiniteTensor naming the tensor."""
+    for role, tensor in tensors.items():
+        check_finite(module.tensors[role], tensor)
+    return kinds.registry()[module.kind].load(module, tensors)
+
+
+def read(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Adapter:
+    """A whole adapter in memory. Raises what `describe` and `load` raise."""
+    spec = describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    by_role = {m.name: {role: tensors[name] for role, name in m.tensors.items()} for m in spec.modules}
+    return Adapter(spec.base_model, {m.name: load(m, by_role[m.name]) for m in spec.modules})

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from making import PREFIX, make
+from merge_algos import formats
 from merge_algos.errors import BadPattern, InvalidParams, NonFiniteTensor, ShapeMismatch, UnsupportedAdapter
-from merge_algos.formats import peft
+from merge_algos.formats.spec import AdapterSpec, check_finite
+from merge_algos.formats.written import factor_names
 
 NAMES = [f"layers.{n}.self_attn.{p}" for n in range(3) for p in ("q_proj", "k_proj")]
 
 
-def described(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> peft.AdapterSpec:
-    return peft.describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+def described(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    return formats.describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 # --- refused flags
@@ -116,7 +118,7 @@ def test_a_text_that_is_none_is_refused_by_field(field: str) -> None:
         describe_with(**{field: 3})
 
 
-def describe_with(**config: Any) -> peft.AdapterSpec:
+def describe_with(**config: Any) -> AdapterSpec:
     made = make()
     return described({**made.config, **config}, made.tensors)
 
@@ -125,7 +127,7 @@ def describe_with(**config: Any) -> peft.AdapterSpec:
 
 
 MODULE = "layers.0.q_proj"
-LORA_A, LORA_B = peft.factor_names(MODULE)
+LORA_A, LORA_B = factor_names(MODULE)
 FOREIGN_TENSORS: dict[str, tuple[int, ...]] = {
     f"{PREFIX}{MODULE}.lora_magnitude_vector": (24,),
     f"{PREFIX}{MODULE}.lora_magnitude_vector.weight": (24,),
@@ -179,7 +181,7 @@ def test_a_factor_without_its_other_half_is_refused_naming_the_module(half: str)
 
 def test_a_file_without_tensors_is_refused_with_a_remedy() -> None:
     with pytest.raises(UnsupportedAdapter, match=r"no tensors; check how the adapter was saved"):
-        peft.describe(make().config, {})
+        formats.describe(make().config, {})
 
 
 def test_a_rank_other_than_the_configured_is_refused_naming_the_module() -> None:
@@ -195,7 +197,7 @@ def test_factors_of_two_ranks_are_refused_naming_the_module() -> None:
 @pytest.mark.parametrize(("A", "B", "r"), [((0, 16), (24, 0), 0), ((4, 0), (24, 4), 4), ((4, 16), (0, 4), 4)])
 def test_factors_without_entries_are_refused_naming_the_module(A: tuple[int, int], B: tuple[int, int], r: int) -> None:
     with pytest.raises(ShapeMismatch, match=MODULE):
-        peft.describe({**make().config, "r": r}, {LORA_A: A, LORA_B: B})
+        formats.describe({**make().config, "r": r}, {LORA_A: A, LORA_B: B})
 
 
 def test_a_very_long_tensor_name_is_cut_in_the_message() -> None:
@@ -204,9 +206,9 @@ def test_a_very_long_tensor_name_is_cut_in_the_message() -> None:
     assert len(str(refused.value)) < 1000
 
 
-def describe_tensors(shapes: Mapping[str, tuple[int, ...]]) -> peft.AdapterSpec:
+def describe_tensors(shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
     made = make()
-    return peft.describe(made.config, {name: tuple(t.shape) for name, t in made.tensors.items()} | shapes)
+    return formats.describe(made.config, {name: tuple(t.shape) for name, t in made.tensors.items()} | shapes)
 
 
 # --- hostile patterns
@@ -233,7 +235,7 @@ def test_a_pattern_that_is_none_is_refused_by_name(pattern: str) -> None:
     assert refused.value.pattern == pattern
 
 
-def described_with_pattern(pattern: str, names: list[str]) -> peft.AdapterSpec:
+def described_with_pattern(pattern: str, names: list[str]) -> AdapterSpec:
     made = make(shapes=dict.fromkeys(names, (3, 2)), r=1, alpha_pattern={pattern: 3})
     return described(made.config, made.tensors)
 
@@ -257,18 +259,18 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(dtype: torch.dtype, bad:
     factors = [torch.ones(4, 16, dtype=dtype), torch.ones(24, 4, dtype=dtype)]
     factors[position][2, 3] = bad
     with pytest.raises(NonFiniteTensor) as refused:
-        peft.load(module, *factors)
-    assert refused.value.tensor == (module.lora_A, module.lora_B)[position]
+        formats.load(module, dict(zip(("lora_A", "lora_B"), factors, strict=True)))
+    assert refused.value.tensor == tuple(module.tensors.values())[position]
 
 
 def test_infinities_of_both_signs_do_not_hide_each_other() -> None:
     with pytest.raises(NonFiniteTensor, match="here"):
-        peft.check_finite("here", torch.tensor([math.inf, -math.inf]))
+        check_finite("here", torch.tensor([math.inf, -math.inf]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_largest_finite_values_are_accepted(dtype: torch.dtype) -> None:
-    peft.check_finite("here", torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype))
+    check_finite("here", torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -276,4 +278,4 @@ def test_an_infinity_among_the_largest_values_is_refused(dtype: torch.dtype) -> 
     tensor = torch.full((50, 50), torch.finfo(dtype).max, dtype=dtype)
     tensor[20, 20] = math.inf
     with pytest.raises(NonFiniteTensor, match="here"):
-        peft.check_finite("here", tensor)
+        check_finite("here", tensor)
