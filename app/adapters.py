@@ -49,7 +49,7 @@ class OpenAdapter:
         """The module's delta on the device, scaling folded in; rank 0 where the adapter does not target it."""
         if name not in self.modules:
             return LowRankDelta.zero(*shape).to(torch.float32, device)
-        module = self.modules[name]
+        module = formats.completed(self.modules[name], shape)
         by_role = {role: read_tensor(self.tensors, tensor).to(device) for role, tensor in module.tensors.items()}
         return formats.load(module, by_role)
 

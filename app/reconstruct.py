@@ -23,7 +23,8 @@ from app.errors import UnknownTask
 from app.report import read_report
 from app.services import Services
 from merge_algos.errors import NonFiniteResult
-from merge_algos.formats.spec import Layer, agreed_layers
+from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer
+from merge_algos.formats.together import agreed_layers, agreed_shapes
 from merge_algos.formats.written import config_for, factor_names
 from merge_algos.lowrank import LowRankDelta, distance, weighted_sum
 from merge_algos.merge import reduce
@@ -146,7 +147,7 @@ def _decoded(
     report = _certificate(basis, weights, identity, error=_error(opened, places, weights, modules), modules=modules)
     layers = _layers(services, opened, basis, places, shapes)
     weights_part = _put_weights(services, modules, shapes, layers, ranks)
-    return (_put_config(services, opened, places, ranks), weights_part), report
+    return (_put_config(services, opened, places, ranks, layers), weights_part), report
 
 
 def _reader(services: Services, opened: OpenBasis, basis: BasisRecord, task: str, place: Place) -> Callable[..., LowRankDelta]:
@@ -185,31 +186,38 @@ def _check_finite(delta: LowRankDelta, module: str) -> None:
 
 def _shapes(services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
     """Module -> shape, of all modules that any of the tasks has."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for task, place in places.items():
-        if _is_verbatim(opened, place):
-            rebuilt = reconstruct(services, basis, {task: 1.0}, RankRule())
-            shapes |= OpenAdapter.open(services.blobs, rebuilt.record.id).spec.shapes
-        else:
+    shapes = agreed_shapes(list(_verbatim_specs(services, opened, basis, places).values()))
+    for place in places.values():
+        if not _is_verbatim(opened, place):
             known = opened.shapes[place.group]
             shapes |= {module: known[module] for module in opened.task(place)["modules"]}
     return shapes
+
+
+def _verbatim_specs(
+    services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]
+) -> dict[str, AdapterSpec]:
+    """Of each task that is kept as its own bytes."""
+    ids = {
+        task: reconstruct(services, basis, {task: 1.0}, RankRule()).record.id
+        for task, place in places.items()
+        if _is_verbatim(opened, place)
+    }
+    return {task: OpenAdapter.open(services.blobs, digest).spec for task, digest in ids.items()}
 
 
 def _layers(
     services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place], shapes: Shapes
 ) -> dict[str, Layer]:
     """Module -> the layer it is to all of the tasks. Raises ShapeMismatch."""
-    seen: list[tuple[Shapes, Mapping[str, Layer]]] = []
+    verbatim = _verbatim_specs(services, opened, basis, places)
+    layers: dict[str, Mapping[str, Layer]] = {task: spec.layers for task, spec in verbatim.items()}
     for task, place in places.items():
-        if _is_verbatim(opened, place):
-            spec = OpenAdapter.open(services.blobs, reconstruct(services, basis, {task: 1.0}, RankRule()).record.id).spec
-            seen.append((spec.shapes, spec.layers))
-        else:
+        if task not in verbatim:
             said = opened.task(place)
-            own = {name: Layer.from_json(layer) for name, layer in said.get("layers", {}).items()}
-            seen.append(({name: shapes[name] for name in said["modules"]}, own))
-    return agreed_layers(seen)
+            known = {name: Layer.from_json(layer) for name, layer in said.get("layers", {}).items()}
+            layers[task] = {name: known.get(name, LINEAR) for name in said["modules"]}
+    return agreed_layers(({name: shapes[name] for name in own}, own) for own in layers.values())
 
 
 def _error(opened: OpenBasis, places: Mapping[str, Place], weights: Mapping[str, float], modules: Sequence[_Module]) -> float:
@@ -249,7 +257,13 @@ def _certificate(
     }
 
 
-def _put_config(services: Services, opened: OpenBasis, places: Mapping[str, Place], ranks: Mapping[str, int]) -> Descriptor:
+def _put_config(
+    services: Services,
+    opened: OpenBasis,
+    places: Mapping[str, Place],
+    ranks: Mapping[str, int],
+    layers: Mapping[str, Layer],
+) -> Descriptor:
     tasks = [opened.task(place) for place in places.values()]
     config = config_for(
         base_model=opened.manifest.base_model,
@@ -257,6 +271,7 @@ def _put_config(services: Services, opened: OpenBasis, places: Mapping[str, Plac
         task_type=adapters.agreed([task["task_type"] for task in tasks]),
         fan_in_fan_out=any(task["fan_in_fan_out"] for task in tasks),
         ranks=ranks,
+        layers=layers,
     )
     return services.blobs.put([canonical_json(config)], media_type=MEDIA_JSON)
 

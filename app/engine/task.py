@@ -16,8 +16,8 @@ from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
-from merge_algos.adapter import agree
-from merge_algos.formats.spec import AdapterSpec, agreed_layers
+from merge_algos.formats.spec import AdapterSpec, Layer
+from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.formats.written import config_for
 from merge_algos.merge import ModuleReport, ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
@@ -96,6 +96,8 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     blobs, recipe = bench.services.blobs, Recipe.from_json(task.recipe)
     inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in task.inputs]
     specs = [bench.open_adapter(digest).spec for digest in task.inputs]
+    shapes = agreed_shapes(specs)
+    layers = layers_of(specs, shapes)
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
     reports = tuple(report for shard in shards for report in shard.reports)
     ranks = _shipped_ranks(recipe, reports)
@@ -103,8 +105,8 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
     manifest = AdapterManifest(
         base_model=task.base_model,
-        config=blobs.put([canonical_json(_config(task, specs, ranks))], media_type=MEDIA_JSON),
-        weights=_put_weights(blobs, shards, specs, ranks),
+        config=blobs.put([canonical_json(_config(task, specs, ranks, layers))], media_type=MEDIA_JSON),
+        weights=_put_weights(blobs, shards, shapes, layers, ranks),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=task.inputs,
@@ -130,21 +132,27 @@ def _shipped_ranks(recipe: Recipe, reports: Sequence[ModuleReport]) -> dict[str,
     return own if recipe.profile == "compact" else dict.fromkeys(own, max(own.values()))
 
 
-def _config(task: AssembleTask, specs: Sequence[AdapterSpec], ranks: Mapping[str, int]) -> dict[str, Any]:
+def _config(
+    task: AssembleTask, specs: Sequence[AdapterSpec], ranks: Mapping[str, int], layers: Mapping[str, Layer]
+) -> dict[str, Any]:
     return config_for(
         base_model=task.base_model,
         revision=adapters.agreed([spec.revision for spec in specs]),
         task_type=adapters.agreed([spec.task_type for spec in specs]),
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
         ranks=ranks,
+        layers=layers,
     )
 
 
 def _put_weights(
-    blobs: BlobStore, shards: Sequence[adapters.Shard], specs: Sequence[AdapterSpec], ranks: Mapping[str, int]
+    blobs: BlobStore,
+    shards: Sequence[adapters.Shard],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
 ) -> Descriptor:
     """Stream the factors of all shards into one file."""
-    shapes, layers = agree(spec.shapes for spec in specs), agreed_layers((spec.shapes, spec.layers) for spec in specs)
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
         where = {name: file for file in files for name in file.header.tensors}

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_algos.adapter import Adapter
-from merge_algos.errors import UnsupportedAdapter
+from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds, namings
-from merge_algos.formats.spec import AdapterSpec, ModuleSpec, check_finite
+from merge_algos.formats.spec import AdapterSpec, ModuleSpec, Shape, check_finite
 from merge_algos.lowrank import LowRankDelta
 
 
@@ -34,14 +34,27 @@ def describe(
 
 
 def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
-    """The module's delta, scaling folded in. tensors: by role. Raises NonFiniteTensor naming the tensor."""
+    """The module's delta, scaling folded in. module: with a shape.  tensors: by role.
+
+    Raises NonFiniteTensor naming the tensor.
+    """
     for role, tensor in tensors.items():
         check_finite(module.tensors[role], tensor)
     return kinds.registry()[module.kind].load(module, tensors)
 
 
-def read(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Adapter:
-    """A whole adapter in memory. Raises what `describe` and `load` raise."""
+def completed(module: ModuleSpec, shape: Shape) -> ModuleSpec:
+    """The module with the shape that other adapters say it has. Raises ShapeMismatch if its file contradicts."""
+    if module.shape is None:
+        return kinds.registry()[module.kind].complete(module, shape)
+    if module.shape != shape:
+        raise ShapeMismatch(module.name, shape, module.shape)
+    return module
+
+
+def read(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape] | None = None) -> Adapter:
+    """A whole adapter in memory. shapes: of modules whose shape its file does not say. Raises what the steps raise."""
     spec = describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    by_role = {m.name: {role: tensors[name] for role, name in m.tensors.items()} for m in spec.modules}
-    return Adapter(spec.base_model, {m.name: load(m, by_role[m.name]) for m in spec.modules})
+    known = {**spec.shapes, **(shapes or {})}
+    whole = [completed(module, known[module.name]) for module in spec.modules]
+    return Adapter(spec.base_model, {m.name: load(m, {role: tensors[name] for role, name in m.tensors.items()}) for m in whole})

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from merge_algos.formats.spec import Layer
 
@@ -33,15 +34,28 @@ def factor_names(module: str) -> tuple[str, str]:
 
 
 def written(shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> tuple[Written, ...]:
-    """The tensors of a file with these modules at these ranks, in their order."""
-    return tuple(tensor for module, r in ranks.items() for tensor in _tensors(module, shapes[module], layers[module], r))
+    """The tensors of a file with these modules at these ranks, in their order; experts at the largest rank among them."""
+    wrapped = {module: owner_of(module, layers[module]) for module in ranks}
+    owners: dict[str, list[str]] = {}
+    for module, owner in wrapped.items():
+        owners.setdefault(owner, []).append(module)
+    return tuple(
+        tensor
+        for owner, modules in owners.items()
+        for tensor in _tensors(owner, modules, shapes[modules[0]], layers[modules[0]], max(ranks[m] for m in modules))
+    )
+
+
+def owner_of(module: str, layer: Layer) -> str:
+    """The module of the model: without the number of an expert."""
+    return module.rpartition("[")[0] if layer.experts > 1 else module
 
 
 def joined(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
     """The tensor as it stands in the file. factors: in the order of `tensor.factors`, of any rank up to r."""
-    (factor,) = factors
-    extra = (0, 0, 0, tensor.r - factor.shape[0]) if tensor.half == "A" else (0, tensor.r - factor.shape[1])
-    return torch.nn.functional.pad(factor, extra).reshape(tensor.shape)
+    if tensor.half == "A":
+        return torch.cat([pad(factor, (0, 0, 0, tensor.r - factor.shape[0])) for factor in factors]).reshape(tensor.shape)
+    return torch.stack([pad(factor, (0, tensor.r - factor.shape[1])) for factor in factors], 2).reshape(tensor.shape)
 
 
 def config_for(
@@ -51,13 +65,18 @@ def config_for(
     task_type: str | None,
     fan_in_fan_out: bool,
     ranks: Mapping[str, int],
+    layers: Mapping[str, Layer] | None = None,
 ) -> dict[str, Any]:
     """`adapter_config.json` for modules of these ranks: alpha = r throughout, full module names as targets.
 
-    One rank everywhere gives empty patterns, which is what every server reads; different ranks need both patterns.
+    One rank everywhere gives empty patterns, which is what every server reads; different ranks need both patterns. layers: of
+    modules that are not linear; bare parameters are targets of their own, and have one rank per module.
     """
+    targets = _targets(ranks, layers or {})
+    named = {name: r for own in targets for name, r in own.items()}
     r = max(ranks.values())
-    other = {_only(name, ranks): rank for name, rank in ranks.items() if rank != r}
+    other = {_only(name, named): rank for name, rank in named.items() if rank != r}
+    modules, parameters = targets
     return {
         "alpha_pattern": other,
         "base_model_name_or_path": base_model or None,
@@ -72,21 +91,36 @@ def config_for(
         "r": r,
         "rank_pattern": other,
         "revision": revision,
-        "target_modules": list(ranks),
+        "target_modules": list(modules),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
-    }
+    } | ({"target_parameters": list(parameters)} if parameters else {})
 
 
-def _tensors(module: str, shape: tuple[int, int], layer: Layer, r: int) -> tuple[Written, Written]:
-    lora_A, lora_B = factor_names(module)
+def _targets(ranks: Mapping[str, int], layers: Mapping[str, Layer]) -> tuple[dict[str, int], dict[str, int]]:
+    """Modules and bare parameters with their ranks."""
+    modules: dict[str, int] = {}
+    parameters: dict[str, int] = {}
+    for module, r in ranks.items():
+        own = layers[module].parameters if module in layers else ()
+        for name in own or (module,):
+            target = parameters if own else modules
+            target[name] = max(r, target.get(name, 0))
+    return modules, parameters
+
+
+def _tensors(owner: str, modules: Sequence[str], shape: tuple[int, int], layer: Layer, r: int) -> tuple[Written, Written]:
     d_out, d_in = shape
+    of_A, of_B = zip(*(factor_names(module) for module in modules), strict=True)
+    name_A, name_B = factor_names(owner)
     if layer.kind == "embedding":
-        names = f"{_PREFIX}{module}.lora_embedding_A", f"{_PREFIX}{module}.lora_embedding_B"
-        return Written(names[0], "A", (lora_A,), r, (r, d_in)), Written(names[1], "B", (lora_B,), r, (d_out, r))
-    of_A, of_B = (r, *layer.weight_shape(shape)[1:]), (d_out, r, *(1 for _ in layer.kernel))
-    return Written(lora_A, "A", (lora_A,), r, of_A), Written(lora_B, "B", (lora_B,), r, of_B)
+        name_A, name_B = f"{_PREFIX}{owner}.lora_embedding_A", f"{_PREFIX}{owner}.lora_embedding_B"
+    rows, columns = r * layer.experts, (d_in // layer.size, *layer.kernel)
+    return (
+        Written(name_A, "A", of_A, r, (rows, *columns)),
+        Written(name_B, "B", of_B, r, (d_out, rows, *(1 for _ in layer.kernel))),
+    )
 
 
 def _only(name: str, modules: Iterable[str]) -> str:

@@ -33,7 +33,6 @@ FLAGS: dict[str, Any] = {
     "modules_to_save": ["classifier"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
-    "target_parameters": ["mlp.experts"],
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
     "use_qalora": True,
@@ -131,10 +130,8 @@ LORA_A, LORA_B = factor_names(MODULE)
 FOREIGN_TENSORS: dict[str, tuple[int, ...]] = {
     f"{PREFIX}{MODULE}.lora_magnitude_vector": (24,),
     f"{PREFIX}{MODULE}.lora_magnitude_vector.weight": (24,),
-    f"{PREFIX}embed_tokens.lora_embedding_A": (4, 100),
-    f"{PREFIX}embed_tokens.lora_embedding_B": (16, 4),
     f"{PREFIX}{MODULE}.lora_B.bias": (24,),
-    f"{PREFIX}conv.lora_A.weight": (4, 3, 3, 3),
+    f"{PREFIX}embed_tokens.base_layer.weight": (100, 16),
     f"{PREFIX}classifier.weight": (2, 16),
     f"{PREFIX}classifier.modules_to_save.weight": (2, 16),
     f"{PREFIX}{MODULE}.lora_A.default.weight": (4, 16),
@@ -161,9 +158,8 @@ def test_a_refused_tensor_comes_with_a_remedy(tensor: str) -> None:
 
 REASONS = {
     f"{PREFIX}{MODULE}.lora_magnitude_vector": "DoRA",
-    f"{PREFIX}embed_tokens.lora_embedding_A": "embedding",
+    f"{PREFIX}embed_tokens.base_layer.weight": "resized or trained",
     f"{PREFIX}{MODULE}.lora_B.bias": "bias",
-    f"{PREFIX}conv.lora_A.weight": "2 dimensions",
 }
 
 
@@ -173,10 +169,11 @@ def test_a_tensor_of_a_known_kind_is_refused_with_its_reason(tensor: str) -> Non
         describe_tensors({tensor: FOREIGN_TENSORS[tensor]})
 
 
-@pytest.mark.parametrize("half", ["A", "B"])
-def test_a_factor_without_its_other_half_is_refused_naming_the_module(half: str) -> None:
-    with pytest.raises(UnsupportedAdapter, match=f"module alone: only lora_{half} is there"):
-        describe_tensors({f"{PREFIX}alone.lora_{half}.weight": (4, 4)})
+@pytest.mark.parametrize("half", ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 3, 3, 3)])
+def test_a_factor_without_its_other_half_is_refused_naming_the_module(half: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UnsupportedAdapter, match=f"module alone: only {half} is there"):
+        describe_tensors({f"{PREFIX}alone.{half}{'' if 'embedding' in half else '.weight'}": shape})
 
 
 def test_a_file_without_tensors_is_refused_with_a_remedy() -> None:

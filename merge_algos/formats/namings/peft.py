@@ -5,11 +5,12 @@ from typing import Any
 
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats import fields, kinds
-from merge_algos.formats.kind import Kind, Parts
+from merge_algos.formats.kind import Kind, Parts, Settings
 from merge_algos.formats.naming import Naming, Shapes
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, ModuleSpec
 
 _PREFIX = "base_model.model."
+_MAX_MODULES = 100_000
 
 # what every kind's config holds: who, for what, and where layers were found, which the tensors say themselves
 _HARMLESS = frozenset(
@@ -45,8 +46,18 @@ class Peft(Naming):
             revision=fields.text(config, "revision"),
             task_type=fields.text(config, "task_type"),
             fan_in_fan_out=fields.flag(config, "fan_in_fan_out"),
-            modules=tuple(kind.describe(own, settings[module]) for module, own in parts.items()),
+            modules=_modules(kind, parts, settings),
         )
+
+
+def _modules(kind: Kind, parts: Mapping[str, Parts], settings: Mapping[str, Settings]) -> tuple[ModuleSpec, ...]:
+    modules: list[ModuleSpec] = []
+    for module, own in parts.items():
+        modules.extend(kind.describe(own, settings[module]))
+        if len(modules) > _MAX_MODULES:
+            reason = f"more than {_MAX_MODULES} modules, experts counted one by one"
+            raise UnsupportedAdapter("adapter_model.safetensors", reason, "check how the adapter was saved")
+    return tuple(modules)
 
 
 def _kind(config: Mapping[str, Any]) -> Kind:
