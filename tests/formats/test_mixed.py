@@ -1,5 +1,6 @@
 """Adapters of different kinds together: merged they are the sum of PEFT's own deltas, whatever layers they adapt."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from kind_cases import CONVOLUTIONS, LINEAR, linear, loha, lokr, lora
+from making import Made, make
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats.spec import EMBEDDING, FLAT, AdapterSpec, Layer, ModuleSpec
 from merge_algos.formats.spec import LINEAR as LINEAR_LAYER
 from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.learn.attach import check_modules
 from serving import Server
 from test_kinds import read
-from tiny import Case, forward, zoo
+from tiny import Case, forward, mixture, zoo
 
 EVERY_LAYER = [*LINEAR, *CONVOLUTIONS, "words"]
 MIX: Mapping[Case, float] = {
@@ -170,3 +173,45 @@ def test_a_shape_that_its_file_contradicts_is_refused(kind: str, constants: dict
 def test_the_refusal_names_the_module_whose_shape_nobody_says() -> None:
     with pytest.raises(UnsupportedAdapter, match="module image: a VeRA file does not say"):
         agreed_shapes([spec(LINEAR_LAYER, None, "VeRA"), replace(spec(LINEAR_LAYER), modules=())])
+
+
+def test_a_basis_of_convolutions_takes_no_linear_layer_of_the_same_name(server: Server, tmp_path: Path) -> None:
+    convolution = server.add(read(lora("conv", target_modules=["point"]).save(tmp_path)))
+    linear_layer = server.add(make(shapes={"point": (4, 6)}, base_model=""))
+    basis = server.merge(method="rmm", adapters=[{"source": convolution, "name": "one"}])["result"]["id"]
+    answer = server.http.post(f"/rmm/{basis}/extend", json={"adapter": {"source": linear_layer, "name": "two"}})
+    assert answer.status_code == 422 and "point" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(("module", "shape"), [("image", (6, 36)), ("words", (12, 11)), ("first[0]", (10, 8))])
+def test_learning_refuses_what_is_no_linear_layer_by_name(module: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(UnsupportedAdapter, match=re.escape(f"module {module}")):
+        check_modules(mixture() if "[" in module else zoo(), {module: shape})
+
+
+# --- LoRA-XS, which PEFT does not write itself
+
+
+def with_latent(directory: Path) -> tuple[Made, Tensor]:
+    """A LoRA with a matrix between its factors, as LoRA-XS saves it; and what the base computes with `B R A`."""
+    made, generator = read(directory), torch.Generator().manual_seed(5)
+    factors = [name for name in made.tensors if name.endswith("lora_B.weight")]
+    latents = {name: torch.randn(4, 4, generator=generator) for name in factors}
+    folded = {name: made.tensors[name] @ latent for name, latent in latents.items()}
+    plain = Made({**made.tensors, **folded}, made.config).write(directory / "folded")
+    named = {name.replace("lora_B.weight", "default_lora_latent_mapping.weight"): latent for name, latent in latents.items()}
+    return Made({**made.tensors, **named}, made.config), through_peft(plain)
+
+
+def test_a_latent_matrix_between_the_factors_is_folded_in(server: Server, tmp_path: Path) -> None:
+    made, expected = with_latent(lora("LoRA-XS", target_modules=LINEAR).save(tmp_path))
+    job = server.merge(server.add(made), dtype="float32")
+    assert torch.allclose(through_peft(server.download(job["result"]["id"], tmp_path / "merged")), expected, rtol=1e-5)
+
+
+def test_indices_beyond_what_they_point_at_are_refused_on_upload(server: Server, tmp_path: Path) -> None:
+    config = {"num_vectors": 9, "vector_length": 4, "save_only_topk_weights": True}
+    made = read(linear("VB-LoRA", "indices", peft.VBLoRAConfig, **config).save(tmp_path))
+    beyond = {name: t + 9 if name.endswith("indices") else t for name, t in made.tensors.items()}
+    answer = server.upload(Made(beyond, made.config))
+    assert answer.status_code == 422 and "not one of 9" in answer.json()["detail"]
