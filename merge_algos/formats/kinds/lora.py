@@ -21,6 +21,7 @@ _INITS_KEEPING_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _PLAIN = frozenset({"lora_A", "lora_B"})
 _EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
 _LATENT = _PLAIN | {"latent"}
+_MAX_PATTERNS = 200
 # numbers that only training uses: how VeLoRA compresses what it remembers, and what MonteCLoRA samples from
 _SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
 _TRAINING = frozenset({"velora_embed", *(f"sampler.{name}" for name in _SAMPLER)})
@@ -162,6 +163,8 @@ def _blocks(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tupl
         raise InvalidParams("adapter_config.json: use_bdlora", "must be an object or null")
     count = int(fields.positive("use_bdlora.nblocks", asked.get("nblocks", 1)))
     of_A, of_B = (fields.texts(asked, f"target_modules_bd_{half}") for half in "ab")
+    if len(of_A) + len(of_B) > _MAX_PATTERNS:  # every one is looked for in every name
+        raise InvalidParams("adapter_config.json: use_bdlora", f"holds more than {_MAX_PATTERNS} patterns")
     found = {}
     for module in modules if asked else ():
         in_A, in_B = any(part in module for part in of_A), any(part in module for part in of_B)
