@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merge_algos import formats
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats import peft
+from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, check_finite
+from merge_algos.formats.written import factor_names, joined, written
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import ModuleReport, ModuleResult
 from storage.blobs import BlobStore
@@ -22,6 +25,9 @@ from storage.tensors import TensorFile, open_tensors
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
+_INDEX_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+)
 _SPELLING = {dtype: spelling for spelling, dtype in TORCH_DTYPES.items()}
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
@@ -31,8 +37,8 @@ class OpenAdapter:
     """A stored adapter, its weights mapped: `delta` reads one module and lets its pages go again."""
 
     manifest: AdapterManifest
-    spec: peft.AdapterSpec
-    modules: Mapping[str, peft.ModuleSpec]
+    spec: AdapterSpec
+    modules: Mapping[str, ModuleSpec]
     tensors: TensorFile
 
     @classmethod
@@ -47,13 +53,17 @@ class OpenAdapter:
         """The module's delta on the device, scaling folded in; rank 0 where the adapter does not target it."""
         if name not in self.modules:
             return LowRankDelta.zero(*shape).to(torch.float32, device)
-        module = self.modules[name]
-        lora_A, lora_B = read_tensor(self.tensors, module.lora_A), read_tensor(self.tensors, module.lora_B)
-        return peft.load(module, lora_A.to(device), lora_B.to(device))
+        module = formats.completed(self.modules[name], shape)
+        by_role = {role: self._read(tensor, module.slices.get(role)) for role, tensor in module.tensors.items()}
+        return formats.load(module, {role: tensor.to(device) for role, tensor in by_role.items()})
+
+    def _read(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
+        return read_tensor(self.tensors, name) if slices is None else read_slices(self.tensors, name, slices)
 
     @property
     def dtypes(self) -> frozenset[str]:
-        return frozenset(info.dtype for info in self.tensors.header.tensors.values())
+        """Of the tensors that are no indices."""
+        return frozenset(info.dtype for info in self.tensors.header.tensors.values() if info.dtype in TORCH_DTYPES)
 
 
 def read_manifest(blobs: BlobStore, digest: Digest) -> AdapterManifest:
@@ -68,7 +78,7 @@ def read_json(blobs: BlobStore, digest: Digest) -> Any:
         return json.load(stream)
 
 
-def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.AdapterSpec:
+def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> AdapterSpec:
     """Read a whole adapter once before it is accepted.
 
     Raises InvalidTensorFile, UnsupportedAdapter, ShapeMismatch, InvalidParams, BadPattern or NonFiniteTensor, naming
@@ -77,7 +87,10 @@ def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> peft.Ada
     with open_tensors(blobs.path(weights.digest)) as tensors:
         spec = _describe(blobs, config, tensors)
         for name in tensors.header.tensors:
-            peft.check_finite(name, read_tensor(tensors, name))
+            check_finite(name, read_tensor(tensors, name))
+        if formats.index_tensors(spec):  # indices are small, and what they point at is known only when they are read
+            for module in spec.modules:
+                formats.load(module, {role: read_tensor(tensors, name) for role, name in module.tensors.items()})
     return spec
 
 
@@ -138,7 +151,20 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
     """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
     info = tensors.header.tensors[name]
-    return read_tensor_bytes(tensors, name).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+    return read_tensor_bytes(tensors, name).view(_torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def read_slices(tensors: TensorFile, name: str, slices: tuple[slice, ...]) -> Tensor:
+    """A copy of a part of a tensor: reading every part of it once costs as much as reading it once."""
+    info, dtype = tensors.header.tensors[name], _torch_dtype(tensors.header.tensors[name].dtype)
+    whole = np.frombuffer(tensors.view(name), np.uint8).reshape(*info.shape, dtype.itemsize)
+    part = torch.from_numpy(np.array(whole[slices]))
+    tensors.release(name)
+    return part.view(dtype)[..., 0]
+
+
+def _torch_dtype(spelling: str) -> torch.dtype:
+    return TORCH_DTYPES.get(spelling) or _INDEX_DTYPES[spelling]
 
 
 def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
@@ -150,19 +176,34 @@ def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
     return torch.frombuffer(copied, dtype=torch.uint8)
 
 
-def padded(name: str, factor: Tensor, r: int) -> Tensor:
-    """A factor by its PEFT name, with rows (A) or columns (B) of zeros up to rank r."""
-    extra = (0, 0, 0, r - factor.shape[0]) if peft.is_lora_A(name) else (0, r - factor.shape[1])
-    return torch.nn.functional.pad(factor, extra)
+def put_adapter(
+    blobs: BlobStore,
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
+    factor: Callable[[str], Tensor],
+    dtype: Callable[[str], str],
+) -> Descriptor:
+    """Store modules as PEFT lays them out, each padded with zeros to its rank.
+
+    factor: the plain factor of a name, as `put_shard` names them, asked for when its turn comes.  dtype: its spelling.
+    """
+    tensors = {tensor.name: tensor for tensor in written(shapes, layers, ranks)}
+    specs = [TensorSpec(name, dtype(tensor.factors[0]), tensor.shape) for name, tensor in tensors.items()]
+    return put_tensors(blobs, specs, lambda name: joined(tensors[name], [factor(part) for part in tensors[name].factors]))
 
 
-def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> peft.AdapterSpec:
+def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> AdapterSpec:
     infos = tensors.header.tensors
+    shapes = {name: info.shape for name, info in infos.items()}
+    spec = formats.describe(_config(blobs, config), shapes, tensors.header.metadata)
+    indices = formats.index_tensors(spec)
     for info in infos.values():
-        if info.dtype not in TORCH_DTYPES:
-            reason = f"factors of type {info.dtype} have no exact meaning here"
-            raise UnsupportedAdapter(f"tensor {info.name[:200]}", reason, f"save it as one of {', '.join(TORCH_DTYPES)}")
-    return peft.describe(_config(blobs, config), {name: info.shape for name, info in infos.items()})
+        known = _INDEX_DTYPES if info.name in indices else TORCH_DTYPES
+        if info.dtype not in known:
+            reason = f"{'indices' if info.name in indices else 'factors'} of type {info.dtype} have no exact meaning here"
+            raise UnsupportedAdapter(f"tensor {info.name[:200]}", reason, f"save it as one of {', '.join(known)}")
+    return spec
 
 
 def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:
@@ -178,7 +219,7 @@ def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:
 
 
 def _factors(module: str, delta: LowRankDelta) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
-    lora_A, lora_B = peft.factor_names(module)
+    lora_A, lora_B = factor_names(module)
     return (lora_A, delta.A), (lora_B, delta.B)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.adapters import TORCH_DTYPES, read_tensor
 from app.errors import InvalidData, MissingColumn, NotInstalled
-from merge_algos.formats.peft import check_finite
+from merge_algos.formats.spec import check_finite
 from storage.library import Kind
 from storage.tensors import LENGTH_BYTES, TensorFile, open_tensors
 

@@ -7,7 +7,7 @@ from typing import Protocol
 from app.adapters import check
 from app.bases import read_basis
 from app.services import Services
-from merge_algos.formats.peft import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec
 from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord, now
 from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, BasisManifest, Source, parts_of

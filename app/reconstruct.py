@@ -23,7 +23,9 @@ from app.errors import UnknownTask
 from app.report import read_report
 from app.services import Services
 from merge_algos.errors import NonFiniteResult
-from merge_algos.formats import peft
+from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer
+from merge_algos.formats.together import agreed_layers, agreed_shapes
+from merge_algos.formats.written import config_for, factor_names
 from merge_algos.lowrank import LowRankDelta, distance, weighted_sum
 from merge_algos.merge import reduce
 from merge_algos.protocol import ModuleContext
@@ -32,7 +34,6 @@ from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord
 from storage.lossless import unpack
 from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, MEDIA_TENSORS, AdapterManifest, Source, canonical_json
-from storage.tensor_writer import TensorSpec
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -144,7 +145,9 @@ def _decoded(
     if opened.group(next(iter(places.values())))["profile"] == "portable":
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     report = _certificate(basis, weights, identity, error=_error(opened, places, weights, modules), modules=modules)
-    return (_put_config(services, opened, places, ranks), _put_weights(services, modules, ranks)), report
+    layers = _layers(services, opened, basis, places, shapes)
+    weights_part = _put_weights(services, modules, shapes, layers, ranks)
+    return (_put_config(services, opened, places, ranks, layers), weights_part), report
 
 
 def _reader(services: Services, opened: OpenBasis, basis: BasisRecord, task: str, place: Place) -> Callable[..., LowRankDelta]:
@@ -183,15 +186,38 @@ def _check_finite(delta: LowRankDelta, module: str) -> None:
 
 def _shapes(services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]) -> dict[str, tuple[int, int]]:
     """Module -> shape, of all modules that any of the tasks has."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for task, place in places.items():
-        if _is_verbatim(opened, place):
-            rebuilt = reconstruct(services, basis, {task: 1.0}, RankRule())
-            shapes |= OpenAdapter.open(services.blobs, rebuilt.record.id).spec.shapes
-        else:
+    shapes = agreed_shapes(list(_verbatim_specs(services, opened, basis, places).values()))
+    for place in places.values():
+        if not _is_verbatim(opened, place):
             known = opened.shapes[place.group]
             shapes |= {module: known[module] for module in opened.task(place)["modules"]}
     return shapes
+
+
+def _verbatim_specs(
+    services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place]
+) -> dict[str, AdapterSpec]:
+    """Of each task that is kept as its own bytes."""
+    ids = {
+        task: reconstruct(services, basis, {task: 1.0}, RankRule()).record.id
+        for task, place in places.items()
+        if _is_verbatim(opened, place)
+    }
+    return {task: OpenAdapter.open(services.blobs, digest).spec for task, digest in ids.items()}
+
+
+def _layers(
+    services: Services, opened: OpenBasis, basis: BasisRecord, places: Mapping[str, Place], shapes: Shapes
+) -> dict[str, Layer]:
+    """Module -> the layer it is to all of the tasks. Raises ShapeMismatch."""
+    verbatim = _verbatim_specs(services, opened, basis, places)
+    layers: dict[str, Mapping[str, Layer]] = {task: spec.layers for task, spec in verbatim.items()}
+    for task, place in places.items():
+        if task not in verbatim:
+            said = opened.task(place)
+            known = {name: Layer.from_json(layer) for name, layer in said.get("layers", {}).items()}
+            layers[task] = {name: known.get(name, LINEAR) for name in said["modules"]}
+    return agreed_layers(({name: shapes[name] for name in own}, own) for own in layers.values())
 
 
 def _error(opened: OpenBasis, places: Mapping[str, Place], weights: Mapping[str, float], modules: Sequence[_Module]) -> float:
@@ -231,30 +257,33 @@ def _certificate(
     }
 
 
-def _put_config(services: Services, opened: OpenBasis, places: Mapping[str, Place], ranks: Mapping[str, int]) -> Descriptor:
+def _put_config(
+    services: Services,
+    opened: OpenBasis,
+    places: Mapping[str, Place],
+    ranks: Mapping[str, int],
+    layers: Mapping[str, Layer],
+) -> Descriptor:
     tasks = [opened.task(place) for place in places.values()]
-    config = peft.config_for(
+    config = config_for(
         base_model=opened.manifest.base_model,
         revision=adapters.agreed([task["revision"] for task in tasks]),
         task_type=adapters.agreed([task["task_type"] for task in tasks]),
         fan_in_fan_out=any(task["fan_in_fan_out"] for task in tasks),
         ranks=ranks,
+        layers=layers,
     )
     return services.blobs.put([canonical_json(config)], media_type=MEDIA_JSON)
 
 
-def _put_weights(services: Services, modules: Sequence[_Module], ranks: Mapping[str, int]) -> Descriptor:
-    """Each module padded with zeros to its rank."""
-    halves: dict[str, tuple[Tensor, int]] = {}
+def _put_weights(
+    services: Services, modules: Sequence[_Module], shapes: Shapes, layers: Mapping[str, Layer], ranks: Mapping[str, int]
+) -> Descriptor:
+    halves: dict[str, Tensor] = {}
     for m in modules:
-        lora_A, lora_B = peft.factor_names(m.name)
-        halves |= {lora_A: (m.delta.A, ranks[m.name]), lora_B: (m.delta.B, ranks[m.name])}
-    specs = [TensorSpec(name, adapters.spelling(X.dtype), _padded_shape(name, X, r)) for name, (X, r) in halves.items()]
-    return adapters.put_tensors(services.blobs, specs, lambda name: adapters.padded(name, *halves[name]))
-
-
-def _padded_shape(name: str, factor: Tensor, r: int) -> tuple[int, int]:
-    return (r, factor.shape[1]) if peft.is_lora_A(name) else (factor.shape[0], r)
+        halves |= zip(factor_names(m.name), (m.delta.A, m.delta.B), strict=True)
+    dtype = lambda name: adapters.spelling(halves[name].dtype)  # noqa: E731
+    return adapters.put_adapter(services.blobs, shapes, layers, ranks, halves.__getitem__, dtype)
 
 
 def _dtype(opened: OpenBasis, places: Sequence[Place]) -> torch.dtype:

@@ -28,8 +28,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
-from merge_algos import Adapter, LowRankDelta, merge, methods
-from merge_algos.formats import peft
+from merge_algos import Adapter, formats, merge, methods
 from merge_algos.merge import build_post
 
 HERE = Path(__file__).parent
@@ -191,9 +190,7 @@ def theirs(root: Path, combination: str, weight: float, options: Mapping[str, An
 def read(directory: Path) -> Adapter:
     tensors = load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
-    spec = peft.describe(config, {name: tuple(t.shape) for name, t in tensors.items()})
-    deltas: dict[str, LowRankDelta] = {m.name: peft.load(m, tensors[m.lora_A], tensors[m.lora_B]) for m in spec.modules}
-    return Adapter(spec.base_model, deltas)
+    return formats.read(config, tensors)
 
 
 def row(label: str, measured: Mapping[str, Any], reference: Mapping[str, Mapping[str, float]], split: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from app.ingest import import_upload
 from app.recipe import Recipe, RecipeInput
 from app.services import Services
 from app.settings import Settings
-from merge_algos.formats.peft import factor_names
+from merge_algos.formats.written import factor_names
 from merge_algos.rank import RankRule
 from storage.digest import Digest
 from storage.tensor_writer import TensorSpec

@@ -11,6 +11,8 @@ from app.engine.messages import EncodeTask, JoinTask
 from app.recipe import Recipe
 from app.report import basis_certificate
 from merge_algos import catalogue
+from merge_algos.formats.spec import LINEAR
+from merge_algos.formats.together import agreed_shapes
 from merge_algos.protocol import BasisMethod, ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -36,11 +38,12 @@ def join(task: JoinTask, bench: Workbench) -> Descriptor:
         modules: list[Mapping[str, Any]] = []
     else:
         (tensors, modules), layout = bases.join_shards(blobs, task.shards, earlier), None
+    shapes = agreed_shapes([bench.open_adapter(digest).spec for digest in task.inputs])
     group = {
         "parameters": dict(recipe.parameters),
         "dtype": recipe.dtype,
         "profile": recipe.profile,
-        "tasks": [_task(bench, recipe, modules, n, digest) for n, digest in enumerate(task.inputs)],
+        "tasks": [_task(bench, recipe, modules, n, digest, shapes) for n, digest in enumerate(task.inputs)],
         "modules": {m["module"]: {k: v for k, v in m.items() if k != "module"} for m in modules},
         "layout": layout,
     }
@@ -88,7 +91,14 @@ def _bytes(blobs: BlobStore, part: Descriptor) -> bytes:
         return stream.read()
 
 
-def _task(bench: Workbench, recipe: Recipe, modules: Sequence[Mapping[str, Any]], n: int, digest: Digest) -> dict[str, Any]:
+def _task(
+    bench: Workbench,
+    recipe: Recipe,
+    modules: Sequence[Mapping[str, Any]],
+    n: int,
+    digest: Digest,
+    shapes: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
     """What reconstruction needs to know of one adapter when the adapter is gone."""
     opened = bench.open_adapter(digest)
     return {
@@ -100,6 +110,7 @@ def _task(bench: Workbench, recipe: Recipe, modules: Sequence[Mapping[str, Any]]
         "fan_in_fan_out": opened.spec.fan_in_fan_out,
         "dtype": adapters.spelling(adapters.widest(opened.dtypes)),
         "modules": {module.name: module.r for module in opened.spec.modules},
-        "input_bytes": sum(2 * module.r * sum(module.shape) for module in opened.spec.modules),
+        "layers": {name: layer.to_json() for name, layer in opened.spec.layers.items() if layer != LINEAR},
+        "input_bytes": sum(2 * module.r * sum(shapes[module.name]) for module in opened.spec.modules),
         "relative_error": bases.whole_error(modules, n),
     }

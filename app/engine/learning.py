@@ -19,8 +19,8 @@ from app.learning.rows import Limits, Rows
 from app.recipe import Recipe, RecipeTask, module_weights
 from app.services import Services
 from merge_algos import catalogue
-from merge_algos.adapter import agree
 from merge_algos.errors import TrainingDiverged
+from merge_algos.formats.together import agreed_shapes
 from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.method import Learned
@@ -139,7 +139,7 @@ def open_problem(task: LearnTask, recipe: Recipe, method: Learned, bench: Workbe
     """Load the base, attach the adapters, read the rows. Raises what any of them cannot be used for."""
     device = torch.device(bench.device)
     adapters = [bench.open_adapter(digest) for digest in task.inputs]
-    shapes = agree(adapter.spec.shapes for adapter in adapters)
+    shapes = agreed_shapes([adapter.spec for adapter in adapters])
     model, tokenizer = load_base(base_models.folder(bench.services, task.base), method.task_type, device)
     found = check_modules(model, shapes)
     dtype = next(model.parameters()).dtype

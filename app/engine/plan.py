@@ -6,9 +6,10 @@ from typing import cast
 
 from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
-from merge_algos.adapter import agree, common_base
+from merge_algos.adapter import common_base
 from merge_algos.errors import InvalidRank
-from merge_algos.formats.peft import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, Layer
+from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import check_count, check_rule
 from merge_algos.protocol import BasisMethod
 
@@ -18,10 +19,11 @@ _COMPUTE_BYTES = 4  # float32 at the widest that is shipped
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """modules: name -> (d_out, d_in), in natural order.  shards: the same names, cut into checkpoints."""
+    """modules: name -> (d_out, d_in), in natural order; layers of the same.  shards: their names, cut into checkpoints."""
 
     base_model: str
     modules: Mapping[str, tuple[int, int]]
+    layers: Mapping[str, Layer]
     weights: Mapping[str, tuple[float, ...]]
     shards: tuple[tuple[str, ...], ...]
 
@@ -37,11 +39,12 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     if method.produces == "basis":
         cast(BasisMethod, method).check_inputs(len(specs), max(spec.rank for spec in specs))
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
-    modules = agree(spec.shapes for spec in specs)
+    modules = agreed_shapes(specs)
+    layers = layers_of(specs, modules)
     ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
-    return Plan(base_model, modules, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
+    return Plan(base_model, modules, layers, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
 
 
 def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -16,15 +16,16 @@ from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
-from merge_algos.formats import peft
+from merge_algos.formats.spec import AdapterSpec, Layer
+from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.formats.written import config_for
 from merge_algos.merge import ModuleReport, ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
 from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, AdapterManifest, Source, canonical_json
 from storage.sources.hub import HubRef
-from storage.tensor_writer import TensorSpec
-from storage.tensors import TensorFile, open_tensors
+from storage.tensors import open_tensors
 
 _RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -94,6 +95,9 @@ def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> 
 def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     blobs, recipe = bench.services.blobs, Recipe.from_json(task.recipe)
     inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in task.inputs]
+    specs = [bench.open_adapter(digest).spec for digest in task.inputs]
+    shapes = agreed_shapes(specs)
+    layers = layers_of(specs, shapes)
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
     reports = tuple(report for shard in shards for report in shard.reports)
     ranks = _shipped_ranks(recipe, reports)
@@ -101,8 +105,8 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
     manifest = AdapterManifest(
         base_model=task.base_model,
-        config=blobs.put([canonical_json(_config(task, bench, ranks))], media_type=MEDIA_JSON),
-        weights=_put_weights(blobs, shards, ranks),
+        config=blobs.put([canonical_json(_config(task, specs, ranks, layers))], media_type=MEDIA_JSON),
+        weights=_put_weights(blobs, shards, shapes, layers, ranks),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=task.inputs,
@@ -128,28 +132,29 @@ def _shipped_ranks(recipe: Recipe, reports: Sequence[ModuleReport]) -> dict[str,
     return own if recipe.profile == "compact" else dict.fromkeys(own, max(own.values()))
 
 
-def _config(task: AssembleTask, bench: Workbench, ranks: Mapping[str, int]) -> dict[str, Any]:
-    specs = [bench.open_adapter(digest).spec for digest in task.inputs]
-    return peft.config_for(
+def _config(
+    task: AssembleTask, specs: Sequence[AdapterSpec], ranks: Mapping[str, int], layers: Mapping[str, Layer]
+) -> dict[str, Any]:
+    return config_for(
         base_model=task.base_model,
         revision=adapters.agreed([spec.revision for spec in specs]),
         task_type=adapters.agreed([spec.task_type for spec in specs]),
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
         ranks=ranks,
+        layers=layers,
     )
 
 
-def _put_weights(blobs: BlobStore, shards: Sequence[adapters.Shard], ranks: Mapping[str, int]) -> Descriptor:
-    """Stream the factors of all shards into one file, each padded with zeros to its rank."""
+def _put_weights(
+    blobs: BlobStore,
+    shards: Sequence[adapters.Shard],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
+) -> Descriptor:
+    """Stream the factors of all shards into one file."""
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
         where = {name: file for file in files for name in file.header.tensors}
-        padded = {name: r for module, r in ranks.items() for name in peft.factor_names(module)}
-        specs = [_padded_spec(where[name], name, r) for name, r in padded.items()]
-        tensor = lambda name: adapters.padded(name, adapters.read_tensor(where[name], name), padded[name])  # noqa: E731
-        return adapters.put_tensors(blobs, specs, tensor)
-
-
-def _padded_spec(file: TensorFile, name: str, r: int) -> TensorSpec:
-    info = file.header.tensors[name]
-    return TensorSpec(name, info.dtype, (r, info.shape[1]) if peft.is_lora_A(name) else (info.shape[0], r))
+        factor = lambda name: adapters.read_tensor(where[name], name)  # noqa: E731
+        return adapters.put_adapter(blobs, shapes, layers, ranks, factor, lambda name: where[name].header.tensors[name].dtype)

@@ -30,9 +30,9 @@ from cases import (
     value,
 )
 from laws import LAWS, deviation
-from merge_algos import Adapter, LowRankDelta, RankRule, merge
+from merge_algos import Adapter, LowRankDelta, RankRule, formats, merge
 from merge_algos.errors import InvalidRank
-from merge_algos.formats import peft
+from merge_algos.formats.spec import ModuleSpec
 from merge_algos.lowrank import CoreSVD, distance, from_svd
 from merge_algos.merge import build, reduce
 from merge_algos.methods import registry
@@ -292,5 +292,6 @@ def loaded(delta: LowRankDelta, scaling: float) -> LowRankDelta:
     """The delta as a file with this alpha / r gives it; an absent one as it is."""
     if delta.rank == 0:
         return delta
-    spec = peft.ModuleSpec(MODULE, *delta.shape, delta.rank, scaling, *peft.factor_names(MODULE))
-    return peft.load(spec, delta.A, delta.B)
+    tensors = {"lora_A": delta.A, "lora_B": delta.B}
+    spec = ModuleSpec(MODULE, delta.shape, delta.rank, "LoRA", {role: role for role in tensors}, scaling)
+    return formats.load(spec, tensors)

@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedModel
 
 from making import make
-from merge_algos.formats import peft
+from merge_algos import formats
+from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.written import config_for, factor_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing", "ignore:.*did not match any targeted module")
 
@@ -65,14 +67,13 @@ def files(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, load_file(directory / "adapter_model.safetensors")
 
 
-def described(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> peft.AdapterSpec:
-    return peft.describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+def described(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    return formats.describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def ingested(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Module -> dense delta as we read it."""
-    spec = described(config, tensors)
-    return {m.name: peft.load(m, tensors[m.lora_A], tensors[m.lora_B]).to_dense() for m in spec.modules}
+    return {name: delta.to_dense() for name, delta in formats.read(config, tensors).deltas.items()}
 
 
 def of_peft(base: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
@@ -188,16 +189,16 @@ def test_missing_rank_and_alpha_are_pefts_defaults() -> None:
 def test_the_scaling_is_applied_in_float32(dtype: torch.dtype) -> None:
     made = make(r=3, alpha=7, dtype=dtype)
     module = described(made.config, made.tensors).modules[0]
-    A, B = made.tensors[module.lora_A], made.tensors[module.lora_B]
-    assert torch.allclose(peft.load(module, A, B).B.double(), B.double() * 7 / 3, rtol=1e-6)
+    factors = {role: made.tensors[name] for role, name in module.tensors.items()}
+    B = factors["lora_B"]
+    assert torch.allclose(formats.load(module, factors).B.double(), B.double() * 7 / 3, rtol=1e-6)
 
 
 def test_loading_changes_neither_factor() -> None:
     made = make(alpha=3)
-    module = described(made.config, made.tensors).modules[0]
-    A, B = made.tensors[module.lora_A].clone(), made.tensors[module.lora_B].clone()
-    peft.load(module, made.tensors[module.lora_A], made.tensors[module.lora_B])
-    assert torch.equal(A, made.tensors[module.lora_A]) and torch.equal(B, made.tensors[module.lora_B])
+    before = {name: tensor.clone() for name, tensor in made.tensors.items()}
+    formats.read(made.config, made.tensors)
+    assert all(torch.equal(before[name], tensor) for name, tensor in made.tensors.items())
 
 
 def test_modules_keep_the_files_order() -> None:
@@ -222,9 +223,9 @@ def test_our_config_gives_every_module_its_rank_as_peft_reads_it(ranks: dict[str
 def test_our_config_scales_nothing(ranks: dict[str, int]) -> None:
     shapes = {}
     for name, r in ranks.items():
-        lora_A, lora_B = peft.factor_names(name)
+        lora_A, lora_B = factor_names(name)
         shapes |= {lora_A: (r, 5), lora_B: (6, r)}
-    assert {m.scaling for m in peft.describe(written(ranks), shapes).modules} == {1.0}
+    assert {m.scaling for m in formats.describe(written(ranks), shapes).modules} == {1.0}
 
 
 def test_one_rank_everywhere_needs_no_patterns() -> None:
@@ -242,4 +243,4 @@ def test_our_config_is_a_peft_config() -> None:
 
 
 def written(ranks: Mapping[str, int]) -> dict[str, Any]:
-    return peft.config_for(base_model="org/base", revision=None, task_type=None, fan_in_fan_out=False, ranks=ranks)
+    return config_for(base_model="org/base", revision=None, task_type=None, fan_in_fan_out=False, ranks=ranks)

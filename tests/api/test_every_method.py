@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from making import SHAPES, Made, dense_directory, make
-from merge_algos import Adapter, LowRankDelta, merge, methods, post
-from merge_algos.formats import peft
+from merge_algos import Adapter, formats, merge, methods, post
 from merge_algos.merge import build_post
 from serving import Server
 
@@ -85,7 +84,6 @@ def agrees(server: Server, job: dict[str, object], directory: Path, **options: o
 
 
 def adapter(made: Made) -> Adapter:
-    spec = peft.describe(made.config, {name: tuple(t.shape) for name, t in made.tensors.items()})
-    deltas: dict[str, LowRankDelta] = {m.name: peft.load(m, made.tensors[m.lora_A], made.tensors[m.lora_B]) for m in spec.modules}
-    assert all(delta.A.dtype == torch.float32 for delta in deltas.values())
-    return Adapter(spec.base_model, deltas)
+    read = formats.read(made.config, made.tensors)
+    assert all(delta.A.dtype == torch.float32 for delta in read.deltas.values())
+    return read

@@ -1,7 +1,7 @@
 """Real models as problems: MiniLM with trained adapters and heads, and a small Llama."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from app.learning.problem import ModelProblem, linear_head, mean_pooled
 from app.learning.rows import Limits, Rows, classified, continued, split
 from llama import LLAMA_TEXTS, write_llama, write_llama_gguf
 from making import dense_directory
-from merge_algos import LowRankDelta
-from merge_algos.formats import peft
+from merge_algos import LowRankDelta, formats
 from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.objectives import IGNORED
@@ -61,11 +60,10 @@ def problem(minilm: tuple[Any, Any]) -> ModelProblem:
     )
 
 
-def deltas_of(directory: Path) -> dict[str, LowRankDelta]:
+def deltas_of(directory: Path) -> Mapping[str, LowRankDelta]:
     tensors = load_file(directory / "adapter_model.safetensors")
     config = json.loads((directory / "adapter_config.json").read_text())
-    spec = peft.describe(config, {name: tuple(t.shape) for name, t in tensors.items()})
-    return {m.name: peft.load(m, tensors[m.lora_A], tensors[m.lora_B]) for m in spec.modules}
+    return formats.read(config, tensors).deltas
 
 
 def read(task: str, tokenizer: Any, *, split: str, count: int) -> Rows:

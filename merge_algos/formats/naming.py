@@ -1,0 +1,25 @@
+"""What a naming is: how the tensor names of a file split into modules and roles, and where the base model is named."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from merge_algos.formats.spec import AdapterSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Naming(Protocol):
+    """One file in `merge_algos/formats/namings/`. name: as documented."""
+
+    name: ClassVar[str]
+
+    def recognises(self, config: Mapping[str, Any] | None, shapes: Shapes) -> bool:
+        """By content, never by the name of a file; so that no two namings claim one adapter."""
+        ...
+
+    def describe(self, config: Mapping[str, Any] | None, shapes: Shapes, metadata: Mapping[str, str]) -> AdapterSpec:
+        """Raises UnsupportedAdapter naming the tensor or flag that no kind consumes, and what the kinds raise.
+
+        shapes: of every tensor.  metadata: the file's own, whose values are text.
+        """
+        ...

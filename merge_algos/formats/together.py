@@ -1,0 +1,54 @@
+"""Several adapters side by side: one shape and one layer for every module, or a refusal that names it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from merge_algos.adapter import agree
+from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
+from merge_algos.formats import kinds
+from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer, Shape
+
+
+def agreed_shapes(specs: Sequence[AdapterSpec]) -> dict[str, Shape]:
+    """Module -> (d_out, d_in), in natural order, of all modules of all adapters.
+
+    Raises ShapeMismatch, or UnsupportedAdapter for a module whose shape no adapter's file says.
+    """
+    shapes = agree(spec.shapes for spec in specs)
+    for module in (module for spec in specs for module in spec.modules if module.shape is None):
+        if module.name not in shapes:
+            raise UnsupportedAdapter(
+                f"module {module.name[:200]}",
+                f"a {module.kind} file does not say how wide this layer is, and no other adapter here has it",
+                "merge it with an adapter of the same layers that says so; one of weight 0 will do",
+            )
+        kinds.registry()[module.kind].complete(module, shapes[module.name])
+    return shapes
+
+
+def agreed_layers(adapters: Iterable[tuple[Mapping[str, Shape], Mapping[str, Layer]]]) -> dict[str, Layer]:
+    """Module -> the layer that all adapters see there. adapters: of each, its modules' shapes, and layers where not linear.
+
+    Raises ShapeMismatch naming the module that is one layer to one adapter and another layer to another.
+    """
+    agreed: dict[str, Layer] = {}
+    for shapes, layers in adapters:
+        for module, shape in shapes.items():
+            own = layers.get(module, LINEAR)
+            known = agreed.setdefault(module, own)
+            agreed[module] = _agreed(module, shape, known, own)
+    return agreed
+
+
+def layers_of(specs: Sequence[AdapterSpec], shapes: Mapping[str, Shape]) -> dict[str, Layer]:
+    """The same of whole specs. shapes: as `agreed_shapes` gives them."""
+    return agreed_layers(({name: shapes[name] for name in spec.layers}, spec.layers) for spec in specs)
+
+
+def _agreed(module: str, shape: Shape, left: Layer, right: Layer) -> Layer:
+    flat = [layer for layer in (left, right) if layer.kind == "flat"]
+    firm = [layer for layer in (left, right) if layer.kind != "flat"]
+    if left == right or not firm:
+        return left
+    if flat and firm[0].kind in {"linear", "conv"}:
+        return firm[0]
+    raise ShapeMismatch(module, left.weight_shape(shape), right.weight_shape(shape))
