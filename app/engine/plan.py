@@ -8,6 +8,7 @@ from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
 from merge_algos.adapter import common_base
 from merge_algos.errors import InvalidRank
+from merge_algos.formats.components import check_names
 from merge_algos.formats.spec import AdapterSpec
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import check_count, check_rule
@@ -38,6 +39,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     if method.produces == "basis":
         cast(BasisMethod, method).check_inputs(len(specs), max(spec.rank for spec in specs))
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
+    check_names(specs)
     modules = agreed_shapes(specs)
     layers_of(specs, modules)
     ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)

@@ -13,6 +13,7 @@ from merge_algos.adapter import Adapter
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds, namings
 from merge_algos.formats.spec import AdapterSpec, ModuleSpec, Shape, check_finite
+from merge_algos.formats.wrapped import ALPHA, unwrapped
 from merge_algos.lowrank import LowRankDelta
 
 
@@ -40,7 +41,8 @@ def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
     """
     for role, tensor in tensors.items():
         check_finite(module.tensors[role], tensor)
-    return kinds.registry()[module.kind].load(module, tensors)
+    own = {role: tensor for role, tensor in tensors.items() if role != ALPHA}
+    return unwrapped(module, kinds.registry()[module.kind].load(module, own), tensors)
 
 
 def completed(module: ModuleSpec, shape: Shape) -> ModuleSpec:

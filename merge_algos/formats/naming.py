@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, Layer, Shape
+from merge_algos.formats.written import Written
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,4 +23,8 @@ class Naming(Protocol):
 
         shapes: of every tensor.  metadata: the file's own, whose values are text.
         """
+        ...
+
+    def written(self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> tuple[Written, ...]:
+        """The tensors of a file of this naming, of scaling 1. Raises UnsupportedAdapter for a module without a place in it."""
         ...
