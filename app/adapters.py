@@ -24,6 +24,9 @@ from storage.tensors import TensorFile, open_tensors
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
+_INDEX_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+)
 _SPELLING = {dtype: spelling for spelling, dtype in TORCH_DTYPES.items()}
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
@@ -55,7 +58,8 @@ class OpenAdapter:
 
     @property
     def dtypes(self) -> frozenset[str]:
-        return frozenset(info.dtype for info in self.tensors.header.tensors.values())
+        """Of the tensors that are no indices."""
+        return frozenset(info.dtype for info in self.tensors.header.tensors.values() if info.dtype in TORCH_DTYPES)
 
 
 def read_manifest(blobs: BlobStore, digest: Digest) -> AdapterManifest:
@@ -140,7 +144,8 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
     """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
     info = tensors.header.tensors[name]
-    return read_tensor_bytes(tensors, name).view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+    dtype = TORCH_DTYPES.get(info.dtype) or _INDEX_DTYPES[info.dtype]
+    return read_tensor_bytes(tensors, name).view(dtype).reshape(info.shape)
 
 
 def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
@@ -171,12 +176,15 @@ def put_adapter(
 
 def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> AdapterSpec:
     infos = tensors.header.tensors
-    for info in infos.values():
-        if info.dtype not in TORCH_DTYPES:
-            reason = f"factors of type {info.dtype} have no exact meaning here"
-            raise UnsupportedAdapter(f"tensor {info.name[:200]}", reason, f"save it as one of {', '.join(TORCH_DTYPES)}")
     shapes = {name: info.shape for name, info in infos.items()}
-    return formats.describe(_config(blobs, config), shapes, tensors.header.metadata)
+    spec = formats.describe(_config(blobs, config), shapes, tensors.header.metadata)
+    indices = formats.index_tensors(spec)
+    for info in infos.values():
+        known = _INDEX_DTYPES if info.name in indices else TORCH_DTYPES
+        if info.dtype not in known:
+            reason = f"{'indices' if info.name in indices else 'factors'} of type {info.dtype} have no exact meaning here"
+            raise UnsupportedAdapter(f"tensor {info.name[:200]}", reason, f"save it as one of {', '.join(known)}")
+    return spec
 
 
 def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:

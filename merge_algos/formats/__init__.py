@@ -34,6 +34,12 @@ def describe(
     raise UnsupportedAdapter("an adapter without adapter_config.json", reason, "upload it with its config, or convert it to PEFT")
 
 
+def index_tensors(spec: AdapterSpec) -> frozenset[str]:
+    """Names of the tensors that hold integers."""
+    known = {module.kind: kinds.registry()[module.kind].indices for module in spec.modules}
+    return frozenset(name for m in spec.modules for role, name in m.tensors.items() if role in known[m.kind])
+
+
 def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
     """The module's delta, scaling folded in. module: with a shape.  tensors: by role.
 

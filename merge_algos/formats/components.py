@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import FLAT, AdapterSpec, Layer
 
 COMPONENTS = frozenset("unet transformer transformer_2 text_encoder text_encoder_2 text_encoder_3".split())
 
@@ -53,6 +53,7 @@ CLIP = (
 TABLES: Mapping[str, Sequence[str]] = MappingProxyType(
     {"unet": UNET, "transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": CLIP}
 )
+_CONVOLUTIONS = re.compile(r"conv_in|conv_out|.+\.(conv1|conv2|conv)")
 # the models that PEFT wraps by themselves, so that their names there begin without a component
 _ALONE = ("unet", "transformer")
 
@@ -78,6 +79,16 @@ def is_known(module: str) -> bool:
     """Whether the module of a component is in its table."""
     component, path = divided(module)
     return numbered(path)[0] in TABLES.get(component, ())
+
+
+def layer_of(module: str, seen: Layer) -> Layer:
+    """The layer that a known module is, where its file does not tell a convolution from a linear layer."""
+    component, path = divided(module)
+    if seen != FLAT or component != "unet" or not is_known(module):
+        return seen
+    if path.endswith(".conv_shortcut"):
+        return Layer("conv", (1, 1))
+    return Layer("conv", (3, 3)) if _CONVOLUTIONS.fullmatch(path) else seen
 
 
 def is_opaque(module: str) -> bool:

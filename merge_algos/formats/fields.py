@@ -16,6 +16,13 @@ def number(field: str, value: Any) -> float:
     return value
 
 
+def positive(field: str, value: Any) -> float:
+    """A finite number of at least 1, as ranks and counts are. Raises InvalidParams."""
+    if number(field, value) < 1:
+        raise InvalidParams(f"adapter_config.json: {field}", f"must be at least 1, not {str(value)[:100]}")
+    return float(value)
+
+
 def flag(config: Mapping[str, Any], field: str) -> bool:
     """Raises InvalidParams."""
     value = config.get(field)

@@ -1,5 +1,6 @@
 """What a kind of adapter is: the roles its tensors play, and how one module's tensors become a delta."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -117,6 +118,18 @@ def check_rank(parts: Parts, settings: Settings, role: str, r: int) -> None:
     if settings.r is not None and r != settings.r:
         shape = parts.shapes[role]
         raise ShapeMismatch(parts.module, tuple(int(settings.r) if dim == r else dim for dim in shape), shape)
+
+
+def scalar(parts: Parts, role: str) -> None:
+    """Raises ShapeMismatch if there is such a tensor and it holds more or less than one number."""
+    if math.prod(parts.shapes.get(role, ())) != 1:
+        raise ShapeMismatch(parts.module, (1,), parts.shapes[role])
+
+
+def needed(parts: Parts, roles: frozenset[str], reason: str, remedy: str) -> None:
+    """Raises UnsupportedAdapter if one of these shared tensors is not in the file."""
+    for role in sorted(roles - parts.shapes.keys()):
+        raise UnsupportedAdapter(f"tensor {role}", reason, remedy)
 
 
 def bounded(spec: ModuleSpec) -> ModuleSpec:

@@ -320,3 +320,46 @@ def test_names_within_one_adapter_are_its_own_matter() -> None:
 def test_a_third_adapter_is_compared_with_all_before() -> None:
     with pytest.raises(UnsupportedAdapter):
         components.check_names([spec(PARTLY), spec(KNOWN), spec(OPAQUE)])
+
+
+# --- LyCORIS
+
+
+def lycoris(name: str, d_out: int, width: int, **more: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A LoHa of rank 2 and alpha 1 as LyCORIS saves it, and its delta."""
+    halves = {
+        f"w{n}_{side}": drawn(*shape, seed=10 * n + len(side) + (side == "b"))
+        for n in (1, 2)
+        for side, shape in (("a", (d_out, 2)), ("b", (2, width)))
+    }
+    tensors = {f"{name}.hada_{half}": tensor for half, tensor in halves.items()} | {f"{name}.alpha": torch.tensor(1.0)}
+    wide = {half: tensor.double() for half, tensor in halves.items()}
+    return tensors | more, 0.5 * (wide["w1_a"] @ wide["w1_b"]) * (wide["w2_a"] @ wide["w2_b"])
+
+
+def test_a_loha_is_read() -> None:
+    tensors, expected = lycoris(Q, 6, 5)
+    assert close(deltas(tensors)[Q_MODULE], expected)
+
+
+def test_a_loha_of_a_known_convolution_is_one() -> None:
+    tensors, expected = lycoris(CONV, 6, 36)
+    spec = formats.describe(None, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    assert spec.layers[CONV_MODULE].kernel == (3, 3)
+    assert close(deltas(tensors)[CONV_MODULE], expected)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "scaling"),
+    [
+        ({"w1": (2, 3), "w2": (3, 2)}, 1.0),  # whole matrices have no rank to divide alpha by
+        ({"w1": (2, 3), "w2_a": (3, 2), "w2_b": (2, 2)}, 0.5),
+        ({"w1_a": (2, 4), "w1_b": (4, 3), "w2": (3, 2)}, 0.25),
+    ],
+)
+def test_a_lokr_is_read(shapes: dict[str, tuple[int, int]], scaling: float) -> None:
+    parts = {part: drawn(*shape, seed=n) for n, (part, shape) in enumerate(shapes.items())}
+    tensors = {f"{Q}.lokr_{part}": tensor for part, tensor in parts.items()} | {f"{Q}.alpha": torch.tensor(1.0)}
+    wide = {part: tensor.double() for part, tensor in parts.items()}
+    w1, w2 = (wide[f"w{n}"] if f"w{n}" in wide else wide[f"w{n}_a"] @ wide[f"w{n}_b"] for n in (1, 2))
+    assert close(deltas(tensors)[Q_MODULE], scaling * torch.kron(w1, w2))

@@ -113,7 +113,7 @@ class LoRA(Kind):
         return LowRankDelta(B.float() * spec.scaling, A)
 
 
-def scaling(settings: Settings, r: int) -> float:
+def scaling(settings: Settings, r: float) -> float:
     """What the factors are multiplied by; 1 where no config says it."""
     if settings.alpha is None:
         return 1.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds
-from merge_algos.formats.components import is_opaque
+from merge_algos.formats.components import is_opaque, layer_of
 from merge_algos.formats.kind import Kind, Parts, Settings
 from merge_algos.formats.kohya_names import Place, place, rows, rows_in_all, spelled
 from merge_algos.formats.metadata import base_model_of
@@ -138,7 +138,8 @@ def _scaled(module: ModuleSpec, alpha: str | None, parts: Parts, shapes: Shapes)
 
 def _placed(module: ModuleSpec, where: Place) -> Iterator[ModuleSpec]:
     if where.split == "whole":
-        yield replace(module, name=where.modules[0])
+        (name,) = where.modules
+        yield replace(module, name=name, layer=layer_of(name, module.layer))
         return
     ranges = rows(where.split, module.shape) if module.shape else ()
     if not ranges:

@@ -9,6 +9,7 @@ from merge_algos.formats import fields, kinds
 from merge_algos.formats.components import component_alone
 from merge_algos.formats.kind import Kind, Parts, Settings
 from merge_algos.formats.naming import Naming, Shapes
+from merge_algos.formats.refused import REFUSED, UNKNOWN
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
 from merge_algos.formats.written import Written, written
 
@@ -75,11 +76,8 @@ def _in_component(modules: tuple[ModuleSpec, ...]) -> tuple[ModuleSpec, ...]:
 def _kind(config: Mapping[str, Any]) -> Kind:
     kind = kinds.of_peft_type(config.get("peft_type"))
     if kind is None:
-        raise UnsupportedAdapter(
-            f"peft_type {str(config.get('peft_type'))[:100]!r}",
-            "only LORA is a pair of low-rank factors",
-            "convert it to LoRA first",
-        )
+        peft_type = str(config.get("peft_type"))
+        raise UnsupportedAdapter(f"peft_type {peft_type[:100]!r}", *REFUSED.get(peft_type, UNKNOWN))
     return kind
 
 
@@ -100,7 +98,7 @@ def _split(shapes: Shapes, kind: Kind) -> dict[str, Parts]:
         module, role = _place(tensor, kind)
         if role is None:
             reason = _why_not(tensor, tuple(shapes[tensor]), kind)
-            raise UnsupportedAdapter(f"tensor {tensor[:200]}", reason, "export the adapter as plain LoRA of linear layers")
+            raise UnsupportedAdapter(f"tensor {tensor[:200]}", reason, "export the adapter as plain LoRA, without it")
         (own.setdefault(module, {}) if module else shared)[role] = tensor
     if not own:
         raise UnsupportedAdapter("adapter_model.safetensors", "it holds no tensors", "check how the adapter was saved")
@@ -124,4 +122,4 @@ def _place(tensor: str, kind: Kind) -> tuple[str, str | None]:
 
 def _why_not(tensor: str, shape: tuple[int, ...], kind: Kind) -> str:
     known = (reason for part, reason in kind.reasons.items() if part in tensor)
-    return next(known, f"it is not a {kind.name} factor of a linear layer (shape {shape})")
+    return next(known, f"it is no tensor of a {kind.name} adapter (shape {shape})")
