@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from app.adapters import check
@@ -51,20 +53,31 @@ def import_hub(services: Services, snapshot: HubSnapshot, *, token: str | None =
     if known is not None:
         return known
     limit_bytes = services.settings.max_upload_bytes
-    fetch = services.hub.fetch
-    config = fetch(snapshot, snapshot.config, services.blobs, media_type=MEDIA_JSON, token=token, limit_bytes=_MAX_CONFIG_BYTES)
-    weights = fetch(snapshot, snapshot.weights, services.blobs, media_type=MEDIA_TENSORS, token=token, limit_bytes=limit_bytes)
+    fetch = partial(services.hub.fetch, snapshot, blobs=services.blobs, token=token)
+    config = fetch(snapshot.config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES) if snapshot.config else None
+    weights = fetch(snapshot.weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
     source = Source("hub", str(snapshot.ref))
-    restricted = (str(snapshot.ref),) if snapshot.restricted else ()
-    return _record(services, config, weights, source, licence=snapshot.licence, restricted=restricted)
+    restricted = (_file_of(snapshot),) if snapshot.restricted else ()
+    known_base = snapshot.base_model if config is None else None
+    return _record(services, config, weights, source, otherwise=known_base, licence=snapshot.licence, restricted=restricted)
 
 
-def import_upload(services: Services, config: Iterable[bytes], weights: Iterable[bytes]) -> AdapterRecord:
-    """Store, check and record an uploaded adapter. Raises BlobTooLarge, StoreFull, and what `adapters.check` finds."""
-    stored_config = services.blobs.put(config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES)
-    limit_bytes = services.settings.max_upload_bytes
-    stored_weights = services.blobs.put(weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
-    return _record(services, stored_config, stored_weights, Source("upload"))
+def _file_of(snapshot: HubSnapshot) -> str:
+    """The source as `Restricted` has it: with the file to ask for, unless it is PEFT's."""
+    name = snapshot.weights.path.rpartition("/")[2]
+    return str(snapshot.ref) if snapshot.ref.is_file or name == WEIGHTS else f"{snapshot.ref}#{name}"
+
+
+def import_upload(
+    services: Services, config: Iterable[bytes] | None, weights: Iterable[bytes], *, base_model: str | None = None
+) -> AdapterRecord:
+    """Store, check and record an uploaded adapter. config: None of a single file, of which `base_model` may say what its
+    metadata does not, or other than it. Raises BlobTooLarge, StoreFull, and what `adapters.check` finds.
+    """
+    blobs, limit_bytes = services.blobs, services.settings.max_upload_bytes
+    stored_config = blobs.put(config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES) if config is not None else None
+    stored_weights = blobs.put(weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
+    return _record(services, stored_config, stored_weights, Source("upload"), base_model=base_model)
 
 
 class Restricted(Protocol):
@@ -145,14 +158,18 @@ def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
 
 def _record(
     services: Services,
-    config: Descriptor,
+    config: Descriptor | None,
     weights: Descriptor,
     source: Source,
     *,
+    base_model: str | None = None,
+    otherwise: str | None = None,
     licence: str | None = None,
     restricted: tuple[str, ...] = (),
 ) -> AdapterRecord:
+    """base_model: instead of what the files say.  otherwise: where they say none."""
     spec = check(services.blobs, config, weights)
+    spec = replace(spec, base_model=base_model or spec.base_model or otherwise or "")
     manifest = AdapterManifest(spec.base_model, config, weights, source, licence)
     stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
     record = describe(manifest, stored.digest, spec, restricted)

@@ -114,13 +114,13 @@ def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], 
 
 def _verbatim(
     services: Services, opened: OpenBasis, place: Place, *, asked: tuple[BasisRecord, Mapping[str, float], Digest]
-) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+) -> tuple[tuple[Descriptor | None, Descriptor], dict[str, Any]]:
     """The adapter's own two files. Raises DigestMismatch if they are not."""
     layout = opened.group(place)["layout"]
     config, weights = unpack(layout, place.position, opened.tensors.view)
     expected = Descriptor.from_json(layout["tasks"][place.position]["weights"]).digest
     parts = (
-        services.blobs.put([config], media_type=MEDIA_JSON),
+        services.blobs.put([config], media_type=MEDIA_JSON) if config else None,
         services.blobs.put(weights, media_type=MEDIA_TENSORS, expected=expected),
     )
     return parts, _certificate(*asked, error=0.0, modules=())
@@ -134,7 +134,7 @@ def _decoded(
     weights: Mapping[str, float],
     rule: RankRule,
     identity: Digest,
-) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+) -> tuple[tuple[Descriptor | None, Descriptor], dict[str, Any]]:
     shapes = _shapes(services, opened, basis, places)
     bench = workbench(services, "cpu", threads_for(services.settings, 1))
     readers = [_reader(services, opened, basis, task, place) for task, place in places.items()]

@@ -18,7 +18,8 @@ BASE_HELP = (
     "for methods that learn: hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
 )
 DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
-SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
+HUB_HELP = "hub:org/name[/subfolder or file.safetensors][@revision]"
+SOURCE_HELP = f"{HUB_HELP}, sha256:<adapter id>, or name:<namespace>/<name>"
 
 
 class Body(BaseModel):
@@ -110,8 +111,15 @@ class ReconstructRequest(Body):
 
 
 class ImportRequest(Body):
-    source: str = Field(max_length=1000, description="hub:org/name[/subfolder][@revision]", examples=["hub:org/math-lora@main"])
+    source: str = Field(max_length=1000, description=HUB_HELP, examples=["hub:org/math-lora@main"])
     name: Name | None = Field(default=None, description="also make it known as name:<this>")
+
+
+class UploadFields(Body):
+    name: Name | None = Field(default=None, description="also make it known as name:<this>")
+    base_model: str | None = Field(
+        default=None, min_length=1, max_length=500, description="of a single file, instead of what its metadata says"
+    )
 
 
 class Problem(BaseModel):

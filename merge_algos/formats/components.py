@@ -121,7 +121,7 @@ def check_names(adapters: Sequence[AdapterSpec]) -> None:
     """
     seen: dict[str, tuple[str, int]] = {}
     for position, adapter in enumerate(adapters):
-        for kind, module in {_kind(module.name): module.name for module in adapter.modules}.items():
+        for kind, module in {_kind(module.name): module.name for module in reversed(adapter.modules)}.items():
             for other in _NEVER_WITH[kind]:
                 if other in seen and seen[other][1] != position:
                     raise _unmatched(module, seen[other][0])

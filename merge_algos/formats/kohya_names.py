@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats.components import CLIP, FLUX, UNET, divided, filled, numbered
+from merge_algos.formats.components import CLIP, FLUX, UNET, divided, filled, is_opaque, numbered
 
 Split = Literal["whole", "thirds", "attention and mlp", "halves swapped"]
 
@@ -101,7 +101,7 @@ def spelled(modules: Sequence[str]) -> dict[str, Place]:
     for module in modules:
         name = _spell(module, xl=xl, text="te1" if several else "te")
         where = place(name)
-        if module not in where.modules:
+        if module not in where.modules or not is_opaque(name):
             reason = "no table here has its kohya name"
             raise UnsupportedAdapter(f"module {module[:200]}", reason, "keep it in the format it came in")
         found[name] = where
