@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,11 @@ class OpenAdapter:
         if name not in self.modules:
             return LowRankDelta.zero(*shape).to(torch.float32, device)
         module = formats.completed(self.modules[name], shape)
-        by_role = {role: read_tensor(self.tensors, tensor).to(device) for role, tensor in module.tensors.items()}
-        return formats.load(module, by_role)
+        by_role = {role: self._read(tensor, module.slices.get(role)) for role, tensor in module.tensors.items()}
+        return formats.load(module, {role: tensor.to(device) for role, tensor in by_role.items()})
+
+    def _read(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
+        return read_tensor(self.tensors, name) if slices is None else read_slices(self.tensors, name, slices)
 
     @property
     def dtypes(self) -> frozenset[str]:
@@ -92,6 +96,9 @@ def check(blobs: BlobStore, config: Descriptor | None, weights: Descriptor) -> A
             check_finite(name, tensor)
             if name in alphas:
                 read_alpha(name, tensor)
+        if formats.index_tensors(spec):  # indices are small, and what they point at is known only when they are read
+            for module in spec.modules:
+                formats.load(module, {role: read_tensor(tensors, name) for role, name in module.tensors.items()})
     return spec
 
 
@@ -152,8 +159,20 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
     """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
     info = tensors.header.tensors[name]
-    dtype = TORCH_DTYPES.get(info.dtype) or _INDEX_DTYPES[info.dtype]
-    return read_tensor_bytes(tensors, name).view(dtype).reshape(info.shape)
+    return read_tensor_bytes(tensors, name).view(_torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def read_slices(tensors: TensorFile, name: str, slices: tuple[slice, ...]) -> Tensor:
+    """A copy of a part of a tensor: reading every part of it once costs as much as reading it once."""
+    info, dtype = tensors.header.tensors[name], _torch_dtype(tensors.header.tensors[name].dtype)
+    whole = np.frombuffer(tensors.view(name), np.uint8).reshape(*info.shape, dtype.itemsize)
+    part = torch.from_numpy(np.array(whole[slices]))
+    tensors.release(name)
+    return part.view(dtype)[..., 0]
+
+
+def _torch_dtype(spelling: str) -> torch.dtype:
+    return TORCH_DTYPES.get(spelling) or _INDEX_DTYPES[spelling]
 
 
 def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:

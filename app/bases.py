@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.adapters import put_tensors, read_tensor_bytes
 from merge_algos.codec import Encoded
+from merge_algos.formats.spec import Layer
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.survey import decode
 from storage.blobs import BlobStore
@@ -68,6 +69,16 @@ class OpenBasis:
         """Module -> (d_out, d_in), of each group; none of a group that holds the adapters' own bytes."""
         groups = self.contents["groups"]
         return [{name: (m["shape"][0], m["shape"][1]) for name, m in group["modules"].items()} for group in groups]
+
+    @property
+    def layers(self) -> list[tuple[dict[str, tuple[int, int]], dict[str, Layer]]]:
+        """The modules of each task with their shapes, and their layers where these are not linear."""
+        found = []
+        for shapes, group in zip(self.shapes, self.contents["groups"], strict=True):
+            for task in group["tasks"]:
+                own = {name: shapes[name] for name in task["modules"] if name in shapes}
+                found.append((own, {name: Layer.from_json(layer) for name, layer in task.get("layers", {}).items()}))
+        return found
 
     def place(self, task: str) -> Place:
         """The task is one of the manifest's."""

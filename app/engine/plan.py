@@ -9,7 +9,7 @@ from merge_algos import catalogue
 from merge_algos.adapter import common_base
 from merge_algos.errors import InvalidRank
 from merge_algos.formats.components import check_names
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import check_count, check_rule
 from merge_algos.protocol import BasisMethod
@@ -20,10 +20,11 @@ _COMPUTE_BYTES = 4  # float32 at the widest that is shipped
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """modules: name -> (d_out, d_in), in natural order.  shards: the same names, cut into checkpoints."""
+    """modules: name -> (d_out, d_in), in natural order; layers of the same.  shards: their names, cut into checkpoints."""
 
     base_model: str
     modules: Mapping[str, tuple[int, int]]
+    layers: Mapping[str, Layer]
     weights: Mapping[str, tuple[float, ...]]
     shards: tuple[tuple[str, ...], ...]
 
@@ -41,11 +42,11 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     check_names(specs)
     modules = agreed_shapes(specs)
-    layers_of(specs, modules)
+    layers = layers_of(specs, modules)
     ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
-    return Plan(base_model, modules, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
+    return Plan(base_model, modules, layers, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
 
 
 def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from app.recipe import Recipe
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.adapter import agree, common_base
+from merge_algos.formats.together import agreed_layers
 from merge_algos.protocol import BasisMethod, MergeMethod, Method
 from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord
@@ -172,6 +173,7 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Pl
     if recipe.extends is not None:
         parent = bases.OpenBasis.open(services.blobs, Digest.parse(recipe.extends))
         agree([*parent.shapes, planned.modules])
+        agreed_layers([*parent.layers, (planned.modules, planned.layers)])
         both = [parent.manifest.base_model, planned.base_model]
         return replace(planned, base_model=common_base(both, allow_mismatch=recipe.allow_base_mismatch))
     return planned

@@ -52,7 +52,7 @@ def alpha_tensors(spec: AdapterSpec) -> frozenset[str]:
 
 
 def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
-    """The module's delta, scaling folded in. module: with a shape.  tensors: by role.
+    """The module's delta, scaling folded in. module: with a shape.  tensors: by role, each cut to the module's slices.
 
     Raises NonFiniteTensor naming the tensor.
     """
@@ -76,4 +76,5 @@ def read(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], shapes
     spec = describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     known = {**spec.shapes, **(shapes or {})}
     whole = [completed(module, known[module.name]) for module in spec.modules]
-    return Adapter(spec.base_model, {m.name: load(m, {role: tensors[name] for role, name in m.tensors.items()}) for m in whole})
+    own = {m.name: {role: tensors[name][m.slices.get(role, ())] for role, name in m.tensors.items()} for m in whole}
+    return Adapter(spec.base_model, {m.name: load(m, own[m.name]) for m in whole})

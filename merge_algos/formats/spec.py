@@ -64,7 +64,8 @@ class ModuleSpec:
 
     shape: (d_out, d_in) of the delta; None where the file does not say it, so that another adapter must.  r: the most columns
     that `load` gives.  kind: a name in `kinds`.  scaling: what the config says, 1 where a tensor says it.  constants: what else
-    the kind must know to load, all of it plain values.
+    the kind must know to load, all of it plain values.  slices: role -> the slices of a tensor that are this module's, where it
+    holds others' too.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ModuleSpec:
     scaling: float = 1.0
     layer: Layer = LINEAR
     constants: Mapping[str, Any] = field(default_factory=dict)
+    slices: Mapping[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

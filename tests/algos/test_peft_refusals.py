@@ -1,6 +1,7 @@
 """Whatever in PEFT's files is not a plain LoRA factor is refused: by name, with the reason and a remedy."""
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -84,9 +85,9 @@ def test_an_initialisation_that_leaves_the_base_alone_is_accepted(init: Any) -> 
     assert describe_with(init_lora_weights=init).modules
 
 
-@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "PROMPT_TUNING", "XLORA", "lora", None, 3])
+@pytest.mark.parametrize("kind", ["IA3", "OFT", "PROMPT_TUNING", "XLORA", "lora", "A_KIND_OF_THE_FUTURE", None, 3, ["LORA"], {}])
 def test_another_kind_of_adapter_is_refused_by_name(kind: Any) -> None:
-    with pytest.raises(UnsupportedAdapter, match=f"peft_type '{kind}'"):
+    with pytest.raises(UnsupportedAdapter, match=re.escape(f"peft_type {str(kind)!r}")):
         describe_with(peft_type=kind)
 
 

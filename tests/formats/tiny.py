@@ -92,7 +92,7 @@ def gpt2() -> PreTrainedModel:
     return GPT2Model(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=2, n_head=2)).eval()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """An adapter of a kind. prepare: what training would have done beside filling the factors.
 

@@ -1,4 +1,4 @@
-"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, LoRA+, EVA, LoRI)."""
+"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, LoRA+, EVA, LoRI, LoRA-XS)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ _INITS_KEEPING_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 _PLAIN = frozenset({"lora_A", "lora_B"})
 _EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
+_LATENT = _PLAIN | {"latent"}
 _WRAPPED = ".base_layer"  # PEFT wraps a module once for each of its parameters
 _MAX_PARAMETERS = 16
 _MAX_EXPERTS = 4096
@@ -27,12 +28,13 @@ class LoRA(Kind):
     """`scaling * B A`, scaling = alpha/r or, for rsLoRA, alpha/sqrt(r). lora_A: (r, d_in), lora_B: (d_out, r).
 
     Of a convolution (r, in, kh, kw) and (out, r, 1, 1); of a bare parameter with E experts (E r, d_in) with the experts one
-    after another and (d_out, r E) with the experts innermost. Hu et al. 2021, arXiv:2106.09685.
+    after another and (d_out, r E) with the experts innermost. Hu et al. 2021, arXiv:2106.09685. LoRA-XS (Bałazy et al. 2024,
+    arXiv:2405.17604) keeps A and B as they began and trains a latent (r, r) between them: `scaling * B R A`.
     """
 
     name = "LoRA"
     paper = "arXiv:2106.09685"
-    meaning = "scaling * B A of linear, convolution and embedding layers, fused projections and experts"
+    meaning = "scaling * B A of linear, convolution and embedding layers, fused projections and experts; B R A of LoRA-XS"
     rank = "r"
     peft_types = ("LORA",)
     suffixes = MappingProxyType(
@@ -41,6 +43,7 @@ class LoRA(Kind):
             "lora_B.weight": "lora_B",
             "lora_embedding_A": "lora_embedding_A",
             "lora_embedding_B": "lora_embedding_B",
+            "default_lora_latent_mapping.weight": "latent",
         }
     )
     # how training went or where layers were found: none of it changes B A, whose modules the tensors name themselves
@@ -90,7 +93,8 @@ class LoRA(Kind):
     def describe(self, parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
         if settings.constants.get("parameters"):
             return _experts(parts, settings)
-        if roles_of(parts, _PLAIN, _EMBEDDING) == _EMBEDDING:
+        found = roles_of(parts, _PLAIN, _EMBEDDING, _LATENT)
+        if found == _EMBEDDING:
             (rank, d_in), (d_out, inner) = (dimensions(parts, f"lora_embedding_{half}", 2) for half in "AB")
             layer = EMBEDDING
         else:
@@ -98,6 +102,8 @@ class LoRA(Kind):
             layer, d_in = _layer(parts, of_A, of_B), math.prod(of_A)
             _check_groups(parts, layer, rank, inner)
         check_equal(parts, (d_out, rank), (d_out, inner))
+        if found == _LATENT:
+            check_equal(parts, (rank, rank), dimensions(parts, "latent", 2))
         check_rank(parts, settings, "lora_embedding_A" if layer == EMBEDDING else "lora_A", rank)
         return (ModuleSpec(parts.module, (d_out, d_in), rank, self.name, parts.names, scaling(settings, rank), layer),)
 
@@ -106,11 +112,8 @@ class LoRA(Kind):
             A, B = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
         else:
             A, B = tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
-        if spec.layer.kind == "expert":
-            experts, expert = spec.layer.experts, spec.constants["expert"]
-            A = A[expert * spec.r : (expert + 1) * spec.r]
-            B = B[:, expert::experts]
-        return LowRankDelta(B.float() * spec.scaling, A)
+        B = B.float() * spec.scaling
+        return LowRankDelta(B @ tensors["latent"].float() if "latent" in tensors else B, A)
 
 
 def scaling(settings: Settings, r: float) -> float:
@@ -196,7 +199,10 @@ def _experts(parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
             tensors=parts.names,
             scaling=scaling(settings, r),
             layer=layer,
-            constants={"expert": expert},
+            slices={
+                "lora_A": (slice(expert * r, (expert + 1) * r),),
+                "lora_B": (slice(None), slice(expert, None, layer.experts)),
+            },
         )
         for expert in range(layer.experts)
     )

@@ -100,6 +100,9 @@ def _split(shapes: Shapes, kind: Kind) -> dict[str, Parts]:
             reason = _why_not(tensor, tuple(shapes[tensor]), kind)
             raise UnsupportedAdapter(f"tensor {tensor[:200]}", reason, "export the adapter as plain LoRA, without it")
         (own.setdefault(module, {}) if module else shared)[role] = tensor
+    if not own and shared:
+        reason = f"it holds {', '.join(shared.values())} and no tensor of any module"
+        raise UnsupportedAdapter("adapter_model.safetensors", reason, "save it whole (save_indices=True, save_projection=True)")
     if not own:
         raise UnsupportedAdapter("adapter_model.safetensors", "it holds no tensors", "check how the adapter was saved")
     return {module: _parts(module, {**shared, **names}, shapes) for module, names in own.items()}
