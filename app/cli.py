@@ -86,7 +86,7 @@ def merge(
     ] = None,
     rank: Annotated[str | None, typer.Option("--rank", "-r", help="32, energy:0.99, or energy:0.99:64 [default: exact].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
-    profile: Annotated[str | None, typer.Option(help="portable or compact.")] = None,
+    profile: Annotated[str | None, typer.Option(help="portable, compact or vllm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw at random.")] = None,
     name: Annotated[str | None, typer.Option(help="Also keep the result as name:<ns>/<name>.")] = None,
     recipe: Annotated[

@@ -4,9 +4,10 @@ It is made while the caller waits, once, and is an adapter of its own from then 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from app import adapters, ingest
 from app.adapters import OpenAdapter
+from app.engine.child import workbench
+from app.engine.local import threads_for
 from app.services import Services
 from merge_algos import formats
 from merge_algos.errors import NonFiniteResult
@@ -21,8 +24,8 @@ from merge_algos.formats import namings
 from merge_algos.formats.components import divided
 from merge_algos.formats.spec import AdapterSpec, Layer, Shape
 from merge_algos.formats.together import agreed_shapes, layers_of
-from merge_algos.formats.written import config_for, factor_names, joined
-from merge_algos.lowrank import LowRankDelta, distance
+from merge_algos.formats.written import Written, config_for, factor_names, joined
+from merge_algos.lowrank import LowRankDelta, distance, shared_A
 from merge_algos.merge import reduce
 from merge_algos.protocol import ModuleContext
 from merge_algos.rank import RankRule
@@ -68,15 +71,15 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
         shapes = agreed_shapes([opened.spec])
         layers = layers_of([opened.spec], shapes)
         ranks = _ranks(opened.spec, shapes, to)
-        factors = _Factors(opened, shapes)
-        weights = _put(services, factors, to, layers, ranks)
-    report = {
-        "schema": 1,
-        "kind": "conversion",
-        "adapter": str(record.id),
-        "format": to,
-        "rounding_error": factors.rounding_error,
-    }
+        dtype = adapters.widest(opened.dtypes)
+        # refused before anything is computed; what is fused and how is known afterwards
+        namings.registry()[to].written(shapes, layers, ranks)
+        bench = workbench(services, "cpu", threads_for(services.settings, 1))
+        made = bench.side_by_side(partial(_ship, opened, shapes, dtype), list(shapes))
+    modules = dict(zip(shapes, made, strict=True))
+    tensors = namings.registry()[to].written(shapes, layers, ranks, one_A=partial(_have_one_A, modules))
+    weights = _put(services, modules, tensors, adapters.spelling(dtype))
+    report = {"schema": 1, "kind": "conversion", "adapter": str(record.id), "format": to, "rounding_error": _rounding_error(made)}
     manifest = AdapterManifest(
         base_model=opened.spec.base_model,
         config=_put_config(services, opened.spec, ranks, layers) if to == "peft" else None,
@@ -88,9 +91,9 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     )
     stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
     # what is written is read again before it is given out
-    made = ingest.describe(manifest, stored.digest, OpenAdapter.open(services.blobs, stored.digest).spec, record.restricted)
-    services.index.publish(identity, made, manifest.inputs)
-    return made
+    converted = ingest.describe(manifest, stored.digest, OpenAdapter.open(services.blobs, stored.digest).spec, record.restricted)
+    services.index.publish(identity, converted, manifest.inputs)
+    return converted
 
 
 def _ranks(spec: AdapterSpec, shapes: Mapping[str, Shape], to: Format) -> dict[str, int]:
@@ -105,45 +108,44 @@ def _ranks(spec: AdapterSpec, shapes: Mapping[str, Shape], to: Format) -> dict[s
     return dict.fromkeys(own, max(own.values()))
 
 
-class _Factors:
-    """Plain factors by name, a few modules at a time; `rounding_error` is of all that were asked for so far."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Module:
+    """delta: as it is written.  lost, total: squared norms of what rounding took, and of all there was."""
 
-    def __init__(self, opened: OpenAdapter, shapes: Mapping[str, Shape]) -> None:
-        self.dtype = adapters.widest(opened.dtypes)
-        self._opened = opened
-        self.shapes = shapes
-        self._modules = {name: module for module in shapes for name in factor_names(module)}
-        self._squares: dict[str, tuple[float, float]] = {}
-        self._shipped = lru_cache(maxsize=8)(self._ship)
-
-    def __getitem__(self, name: str) -> Tensor:
-        module = self._modules[name]
-        delta = self._shipped(module)
-        return delta.A if name == factor_names(module)[0] else delta.B
-
-    @property
-    def rounding_error(self) -> float:
-        lost, total = (math.fsum(square[n] for square in self._squares.values()) for n in (0, 1))
-        return math.sqrt(lost / total) if total else 0.0
-
-    def _ship(self, module: str) -> LowRankDelta:
-        delta = self._opened.delta(module, self.shapes[module], "cpu").to(torch.float32)
-        if delta.rank > min(delta.shape):
-            delta = reduce(delta, ModuleContext(module, 0, RankRule())).delta
-        shipped = delta.to(self.dtype)
-        if not (shipped.A.isfinite().all() and shipped.B.isfinite().all()):
-            raise NonFiniteResult(module, str(self.dtype).removeprefix("torch."))
-        self._squares[module] = distance(delta, shipped) ** 2, delta.norm() ** 2
-        return shipped
+    delta: LowRankDelta
+    lost: float
+    total: float
 
 
-def _put(services: Services, factors: _Factors, to: Format, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> Descriptor:
-    naming = namings.registry()[to]
-    tensors = {tensor.name: tensor for tensor in naming.written(factors.shapes, layers, ranks)}
-    dtype = adapters.spelling(factors.dtype)
-    specs = [TensorSpec(t.name, dtype if t.factors else _ALPHA_DTYPE, t.shape) for t in tensors.values()]
+def _ship(opened: OpenAdapter, shapes: Mapping[str, Shape], dtype: torch.dtype, name: str) -> _Module:
+    delta = opened.delta(name, shapes[name], "cpu").to(torch.float32)
+    if delta.rank > min(delta.shape):
+        delta = reduce(delta, ModuleContext(name, 0, RankRule())).delta
+    shipped = delta.to(dtype)
+    if not (shipped.A.isfinite().all() and shipped.B.isfinite().all()):
+        raise NonFiniteResult(name, str(dtype).removeprefix("torch."))
+    return _Module(shipped, distance(delta, shipped) ** 2, delta.norm() ** 2)
+
+
+def _rounding_error(modules: Iterable[_Module]) -> float:
+    lost, total = (math.fsum(parts) for parts in zip(*((m.lost, m.total) for m in modules), strict=True))
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def _have_one_A(modules: Mapping[str, _Module], names: Sequence[str]) -> bool:
+    """Whether these modules were rows of one layer and still have its A."""
+    deltas = [modules[name].delta for name in names]
+    return len({delta.rank for delta in deltas}) == 1 and shared_A(deltas) is not None
+
+
+def _put(services: Services, modules: Mapping[str, _Module], tensors: Iterable[Written], dtype: str) -> Descriptor:
+    halves: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        halves |= zip(factor_names(name), (module.delta.A, module.delta.B), strict=True)
+    named = {tensor.name: tensor for tensor in tensors}
+    specs = [TensorSpec(t.name, dtype if t.factors else _ALPHA_DTYPE, t.shape) for t in named.values()]
     return adapters.put_tensors(
-        services.blobs, specs, lambda name: joined(tensors[name], [factors[part] for part in tensors[name].factors])
+        services.blobs, specs, lambda name: joined(named[name], [halves[factor] for factor in named[name].factors])
     )
 
 

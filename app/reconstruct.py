@@ -20,6 +20,7 @@ from app.card import reconstruction_card
 from app.engine.child import workbench
 from app.engine.local import threads_for
 from app.errors import UnknownTask
+from app.profiles import shipped_ranks
 from app.report import read_report
 from app.services import Services
 from merge_algos.errors import NonFiniteResult
@@ -141,9 +142,8 @@ def _decoded(
     dtype = _dtype(opened, list(places.values()))
     one = partial(_module, readers, list(weights.values()), shapes, rule, dtype)
     modules = bench.side_by_side(one, list(shapes))
-    ranks = {m.name: max(m.delta.rank, 1) for m in modules}
-    if opened.group(next(iter(places.values())))["profile"] == "portable":
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    profile = opened.group(next(iter(places.values())))["profile"]
+    ranks = shipped_ranks({m.name: m.delta.rank for m in modules}, profile)
     report = _certificate(basis, weights, identity, error=_error(opened, places, weights, modules), modules=modules)
     layers = _layers(services, opened, basis, places, shapes)
     weights_part = _put_weights(services, modules, shapes, layers, ranks)

@@ -86,7 +86,8 @@ class MergeRequest(Body):
     dtype: Dtype = Field(default="auto", description="of the result; auto is the widest among the inputs")
     seed: int = Field(default=0, ge=0, lt=2**63)
     profile: Profile = Field(
-        default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
+        default="portable",
+        description="portable: one rank everywhere, loads on every server; compact: no padding; vllm: so at a rank of vLLM's",
     )
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
     base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from app.profiles import served_rank
 from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
 from merge_algos.adapter import common_base
@@ -59,6 +60,8 @@ def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]])
 
 
 def _check_rank(recipe: Recipe, ranks: Mapping[str, int], modules: Mapping[str, tuple[int, int]]) -> None:
+    if recipe.profile == "vllm" and recipe.rank.max is not None:
+        served_rank(recipe.rank.max)
     possible = max(min(ranks[name], *shape) for name, shape in modules.items())
     if recipe.rank.energy is None and recipe.rank.max is not None and recipe.rank.max > possible:
         raise InvalidRank(recipe.rank.max, f"the result can have rank {possible} at most")

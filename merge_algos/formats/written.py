@@ -20,7 +20,8 @@ class Written:
     """One tensor of a file. factors: names of the plain factors it is made of.  shape: what it has in the file.
 
     r: the rank to which its factors are padded with zeros: rows of A (half "A") or columns of B. rows: of a module that fuses
-    several, where each factor's rows go: (start, stop) ranges in order. Half "alpha" is the number r itself.
+    several, where each factor's rows go: (start, stop) ranges in order.  one_A: they share its columns. Half "alpha" is the
+    number r itself.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Written:
     r: int
     shape: tuple[int, ...]
     rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    one_A: bool = False
 
 
 def factor_names(module: str) -> tuple[str, str]:
@@ -67,12 +69,13 @@ def joined(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
 
 
 def _fused(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
-    """Factors B side by side, each in rows and columns of its own."""
-    B = factors[0].new_zeros(tensor.shape[0], len(factors) * tensor.r)
+    """Factors B, each in rows of its own and, unless they have one A, in columns of its own."""
+    B = factors[0].new_zeros(tensor.shape[0], tensor.shape[1])
     for n, (factor, ranges) in enumerate(zip(factors, tensor.rows, strict=True)):
+        first = 0 if tensor.one_A else n * tensor.r
         parts = torch.split(factor, [stop - start for start, stop in ranges])
         for (start, stop), part in zip(ranges, parts, strict=True):
-            B[start:stop, n * tensor.r : n * tensor.r + factor.shape[1]] = part
+            B[start:stop, first : first + factor.shape[1]] = part
     return B.reshape(tensor.shape)
 
 

@@ -222,3 +222,38 @@ def test_a_mistake_is_one_sentence(
     (tmp_path / "in.x").write_bytes(ADAPTERS["kohya"][0].files[WEIGHTS])
     ran = preloaded("convert", tmp_path / "in.x", tmp_path / output, "--to", to, data_dir=data_dir)
     assert (ran.returncode, mention in ran.stderr, len(ran.stderr.strip().splitlines())) == (2, True, 1), ran.stderr
+
+
+# --- Flux, whose layers kohya fuses
+
+
+def make_flux(r: int = 3, d: int = 4) -> Single:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, d_out in (
+        ("double_blocks_0_img_attn_qkv", 3 * d),
+        ("single_blocks_0_linear1", 7 * d),
+        ("double_blocks_0_img_mlp_0", d),
+    ):
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(r, d, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(d_out, r, generator=generator)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(1.5)
+    return Single(tensors)
+
+
+def test_what_was_fused_is_fused_again_at_its_rank(server: Server) -> None:
+    made = make_flux()
+    apart = converted(server, server.add(made), "diffusers")
+    again = converted(server, server.add(apart), "kohya")
+    assert {name: tensor.shape for name, tensor in again.tensors.items()} == {n: t.shape for n, t in made.tensors.items()}
+    assert_close(deltas(again), deltas(made))
+
+
+def test_what_was_never_fused_is_fused_at_the_sum_of_ranks(server: Server) -> None:
+    apart = converted(server, server.add(make_flux()), "diffusers")
+    only = {name: tensor * (2 if "to_k.lora_A" in name else 1) for name, tensor in apart.tensors.items() if "to_v" not in name}
+    again = converted(server, server.add(Single(only)), "kohya")
+    assert again.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (6, 4)
+    got = {name: delta for name, delta in deltas(again).items() if "to_v" not in name}
+    assert_close(got, deltas(Single(only)))
+    assert not any(delta.any() for name, delta in deltas(again).items() if "to_v" in name)

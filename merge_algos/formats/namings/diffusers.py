@@ -10,7 +10,7 @@ from merge_algos.formats import kinds
 from merge_algos.formats.components import COMPONENTS, divided, is_known, is_opaque
 from merge_algos.formats.kind import Parts, Settings
 from merge_algos.formats.metadata import adapter_config, base_model_of
-from merge_algos.formats.naming import Naming, Shapes
+from merge_algos.formats.naming import Naming, OneA, Shapes, apart
 from merge_algos.formats.namings.kohya import check_distinct
 from merge_algos.formats.namings.peft import refuse_flags
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
@@ -49,7 +49,9 @@ class Diffusers(Naming):
         _check_one_source(described, said)
         return AdapterSpec(base_model_of(metadata), None, None, False, described)
 
-    def written(self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> tuple[Written, ...]:
+    def written(
+        self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], *, one_A: OneA = apart
+    ) -> tuple[Written, ...]:
         for module in ranks:
             if not divided(module)[0] or layers[module].kind not in ("linear", "conv", "flat"):
                 reason = "a diffusers file holds linear layers and convolutions of a pipeline's components only"

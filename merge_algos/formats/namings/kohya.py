@@ -10,7 +10,7 @@ from merge_algos.formats.components import is_opaque, layer_of
 from merge_algos.formats.kind import Kind, Parts, Settings
 from merge_algos.formats.kohya_names import Place, place, rows, rows_in_all, spelled
 from merge_algos.formats.metadata import base_model_of
-from merge_algos.formats.naming import Naming, Shapes
+from merge_algos.formats.naming import Naming, OneA, Shapes, apart
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
 from merge_algos.formats.wrapped import ALPHA, check_alpha_shape, with_alpha, with_rows
 from merge_algos.formats.written import Written, factor_names
@@ -54,19 +54,23 @@ class Kohya(Naming):
         check_distinct(modules)
         return AdapterSpec(base_model_of(metadata), None, None, False, modules)
 
-    def written(self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> tuple[Written, ...]:
+    def written(
+        self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], *, one_A: OneA = apart
+    ) -> tuple[Written, ...]:
         for module in ranks:
             if layers[module].kind not in ("linear", "conv", "flat"):
                 reason = "a kohya file holds linear layers and convolutions only"
                 raise UnsupportedAdapter(f"module {module[:200]}", reason, "keep it in PEFT's format")
         named = spelled(tuple(ranks))
-        return tuple(tensor for name, where in named.items() for tensor in _triple(name, where, shapes, layers, ranks))
+        return tuple(tensor for name, where in named.items() for tensor in _triple(name, where, shapes, layers, ranks, one_A))
 
 
 def _triple(
-    name: str, where: Place, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int]
+    name: str, where: Place, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], one_A: OneA
 ) -> tuple[Written, Written, Written]:
-    """down, up and alpha of one name. Modules that it fuses lie side by side in its rank; an absent one is rows of zeros."""
+    """down, up and alpha of one name. Modules that it fuses lie side by side in its rank, or one below the other where they have
+    one A; an absent one is rows of zeros.
+    """
     present = [module for module in where.modules if module in ranks]
     d_in, layer, r = shapes[present[0]][1], layers[present[0]], max(ranks[module] for module in present)
     d_out = rows_in_all(where, shapes)
@@ -76,11 +80,12 @@ def _triple(
         if shapes[module] != (size, d_in):
             raise ShapeMismatch(module, (size, d_in), shapes[module])
     lora_A, lora_B = zip(*(factor_names(module) for module in present), strict=True)
-    rank = r * len(present)
+    shared = len(present) > 1 and one_A(present)
+    lora_A, rank = (lora_A[:1], r) if shared else (lora_A, r * len(present))
     of_A, of_B = (rank, d_in // layer.size, *layer.kernel), (d_out, rank, *(1 for _ in layer.kernel))
     return (
         Written(f"{name}.lora_down.weight", "A", lora_A, r, of_A),
-        Written(f"{name}.lora_up.weight", "B", lora_B, r, of_B, tuple(ranges[module] for module in present)),
+        Written(f"{name}.lora_up.weight", "B", lora_B, r, of_B, tuple(ranges[module] for module in present), shared),
         Written(f"{name}.{ALPHA}", "alpha", (), rank, ()),
     )
 

@@ -8,7 +8,7 @@ from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats import fields, kinds
 from merge_algos.formats.components import component_alone
 from merge_algos.formats.kind import Kind, Parts, Settings
-from merge_algos.formats.naming import Naming, Shapes
+from merge_algos.formats.naming import Naming, OneA, Shapes, apart
 from merge_algos.formats.refused import REFUSED, UNKNOWN
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
 from merge_algos.formats.written import Written, written
@@ -53,7 +53,9 @@ class Peft(Naming):
             modules=_in_component(_modules(kind, parts, settings)),
         )
 
-    def written(self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> tuple[Written, ...]:
+    def written(
+        self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], *, one_A: OneA = apart
+    ) -> tuple[Written, ...]:
         return written(shapes, layers, ranks)
 
 
