@@ -40,6 +40,14 @@ def text(config: Mapping[str, Any], field: str) -> str | None:
     return value
 
 
+def texts(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """A list of texts, or nothing. Raises InvalidParams."""
+    value = config.get(field) or []
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise InvalidParams(f"adapter_config.json: {field}", "must be a list of texts or null")
+    return tuple(value)
+
+
 def by_pattern(
     config: Mapping[str, Any], default: str, pattern: str, modules: Sequence[str], *, otherwise: float = 8
 ) -> dict[str, float]:

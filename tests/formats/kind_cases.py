@@ -13,6 +13,7 @@ from tiny import Case, gpt2, llama, mixture, zoo
 LINEAR = ["up", "down", "square"]
 CONVOLUTIONS = ["image", "wide", "point", "series", "volume"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BLOCKS = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2, "match_strict": False}
 EXPERTS = ["first.up_proj", "first.down_proj", "second.up_proj", "second.down_proj"]
 WRAPPED = {
     "first.base_layer": "first.up_proj",
@@ -62,6 +63,9 @@ CASES = (
     lora("layers_to_transform", llama, target_modules=ATTENTION, layers_to_transform=[1], layers_pattern="layers"),
     lora("exclude_modules", llama, target_modules=ATTENTION, exclude_modules=r".*layers\.0.*q_proj"),
     lora("EVA, LoRA-FA, gaussian: how it began", target_modules=LINEAR, init_lora_weights="gaussian"),
+    lora("VeLoRA: how it trained", target_modules=LINEAR, velora_config={"num_groups": 4}),
+    lora("MonteCLoRA at the mean", target_modules=LINEAR, monteclora_config=peft.MontecloraConfig(num_samples=2)),
+    lora("BD-LoRA", target_modules=LINEAR, use_bdlora=BLOCKS),
     lora("fan_in_fan_out, fused qkv", gpt2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
     replace(lora("fused qkv of torch's attention", target_modules=["attention"]), twice=("attention.out_proj",)),
     lora("Conv1d, Conv2d and Conv3d", target_modules=CONVOLUTIONS),

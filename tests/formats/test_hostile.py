@@ -18,7 +18,7 @@ from torch import Tensor
 from kind_cases import CASES, shapes
 from making import PREFIX, Made
 from merge_algos import formats
-from merge_algos.errors import MergeError, ShapeMismatch, UnsupportedAdapter
+from merge_algos.errors import InvalidParams, MergeError, ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds
 from merge_algos.formats.kind import MAX_FACTOR_ENTRIES, Kind
 from merge_algos.formats.spec import ModuleSpec
@@ -137,6 +137,12 @@ def test_modules_beyond_counting_are_refused() -> None:
         header |= {f"{PREFIX}{n}.experts.lora_A.weight": (4096, 1), f"{PREFIX}{n}.experts.lora_B.weight": (1, 4096)}
     with pytest.raises(UnsupportedAdapter, match="more than 100000 modules"):
         formats.describe(config, header)
+
+
+def test_more_block_diagonal_patterns_than_names_bear_are_refused() -> None:
+    config = {"peft_type": "LORA", "use_bdlora": {"nblocks": 2, "target_modules_bd_a": [str(n) for n in range(201)]}}
+    with pytest.raises(InvalidParams, match="use_bdlora"):
+        formats.describe(config, {f"{PREFIX}up.lora_A.weight": (8, 4), f"{PREFIX}up.lora_B.weight": (4, 8)})
 
 
 def test_many_target_parameters_on_many_modules_end_quickly() -> None:

@@ -1,15 +1,17 @@
-"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, LoRA+, EVA, LoRI, LoRA-XS)."""
+"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, EVA, LoRI, MonteCLoRA, VeLoRA)."""
 
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_algos.errors import InvalidParams, ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import fields
-from merge_algos.formats.kind import Kind, Parts, Settings, check_equal, check_rank, dimensions, roles_of
+from merge_algos.formats.bare_parameters import experts_of, parameters_of
+from merge_algos.formats.kind import Kind, Parts, Settings, bounded, check_equal, check_rank, dimensions, roles_of
 from merge_algos.formats.spec import EMBEDDING, LINEAR, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 
@@ -19,9 +21,10 @@ _INITS_KEEPING_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _PLAIN = frozenset({"lora_A", "lora_B"})
 _EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
 _LATENT = _PLAIN | {"latent"}
-_WRAPPED = ".base_layer"  # PEFT wraps a module once for each of its parameters
-_MAX_PARAMETERS = 16
-_MAX_EXPERTS = 4096
+_MAX_PATTERNS = 200
+# numbers that only training uses: how VeLoRA compresses what it remembers, and what MonteCLoRA samples from
+_SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
+_TRAINING = frozenset({"velora_embed", *(f"sampler.{name}" for name in _SAMPLER)})
 
 
 class LoRA(Kind):
@@ -29,12 +32,16 @@ class LoRA(Kind):
 
     Of a convolution (r, in, kh, kw) and (out, r, 1, 1); of a bare parameter with E experts (E r, d_in) with the experts one
     after another and (d_out, r E) with the experts innermost. Hu et al. 2021, arXiv:2106.09685. LoRA-XS (Bałazy et al. 2024,
-    arXiv:2405.17604) keeps A and B as they began and trains a latent (r, r) between them: `scaling * B R A`.
+    arXiv:2405.17604) keeps A and B as they began and trains a latent (r, r) between them: `scaling * B R A`. Of BD-LoRA
+    A or B is the blocks of a block-diagonal matrix, one above the other.
     """
 
     name = "LoRA"
     paper = "arXiv:2106.09685"
-    meaning = "scaling * B A of linear, convolution and embedding layers, fused projections and experts; B R A of LoRA-XS"
+    meaning = (
+        "scaling * B A of linear, convolution and embedding layers, fused projections and experts; B R A of LoRA-XS; "
+        "block-diagonal factors of BD-LoRA"
+    )
     rank = "r"
     peft_types = ("LORA",)
     suffixes = MappingProxyType(
@@ -44,12 +51,15 @@ class LoRA(Kind):
             "lora_embedding_A": "lora_embedding_A",
             "lora_embedding_B": "lora_embedding_B",
             "default_lora_latent_mapping.weight": "latent",
+            "lora_velora_embed": "velora_embed",
         }
+        | {f"lora_monteclora_sampler.{name}": f"sampler.{name}" for name in _SAMPLER}
     )
     # how training went or where layers were found: none of it changes B A, whose modules the tensors name themselves
     flags = frozenset(
         "alpha_pattern corda_config eva_config init_lora_weights loftq_config lora_alpha lora_dropout lora_ga_config "
-        "megatron_config megatron_core qalora_group_size r rank_pattern runtime_config target_parameters use_rslora".split()
+        "megatron_config megatron_core monteclora_config qalora_group_size r rank_pattern runtime_config target_parameters "
+        "use_bdlora use_rslora velora_config".split()
     )
     reasons = MappingProxyType(
         {
@@ -59,11 +69,9 @@ class LoRA(Kind):
             "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it is not one delta",
             "arrow_config": "a router over several adapters is not one delta",
             "ensure_weight_tying": "a delta of tied weights counts in two layers",
-            "velora_config": "VeLoRA changes what a layer computes, not only its weight",
-            "monteclora_config": "MonteCLoRA draws its factors at random",
             "kasa_config": "KaSA cuts the base weights, so its delta needs them",
             "use_qalora": "QA-LoRA pools the input before A, so A is narrower than the layer",
-            "use_bdlora": "block-diagonal factors are laid out differently",
+            ".lora_diag": "KaSA cuts the base weights, so its delta needs them",
             "lora_magnitude_vector": "DoRA magnitudes rescale the whole weight, so the delta needs the base weights",
             ".lora_B.bias": "a bias on lora_B is an update outside B A",
             ".base_layer.weight": "it is a copy of the base model's weights, which may have been resized or trained",
@@ -72,7 +80,7 @@ class LoRA(Kind):
 
     def settings(self, config: Mapping[str, Any], modules: Sequence[str]) -> Mapping[str, Settings]:
         _check_initialisation(config)
-        wrapped = _parameters(config, modules)
+        wrapped, blocks = parameters_of(config, modules), _blocks(config, modules)
         keys = tuple(dict.fromkeys(key for module in modules for key in wrapped.get(module) or (module,)))
         r = fields.by_pattern(config, "r", "rank_pattern", keys)
         alpha = fields.by_pattern(config, "lora_alpha", "alpha_pattern", keys)
@@ -84,16 +92,18 @@ class LoRA(Kind):
             if len(pairs) > 1:
                 reason = "its parameters differ in rank or alpha, and the file does not say which is which"
                 raise UnsupportedAdapter(f"module {module[:200]}", reason, "train them with one rank and alpha")
-            found[module] = Settings(*pairs.pop(), rslora, {"parameters": own} if own else {})
+            found[module] = Settings(*pairs.pop(), rslora, {"parameters": own, "blocks": blocks.get(module, (1, 1))})
         return found
 
     def recognises(self, roles: frozenset[str]) -> bool:
         return roles >= _PLAIN
 
     def describe(self, parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
-        if settings.constants.get("parameters"):
-            return _experts(parts, settings)
-        found = roles_of(parts, _PLAIN, _EMBEDDING, _LATENT)
+        found = roles_of(parts, _PLAIN, _EMBEDDING, _LATENT, optional=_TRAINING)
+        if found == _PLAIN and settings.constants.get("parameters"):
+            return experts_of(parts, settings, kind=self.name, scaling=scaling(settings, settings.r or 1))
+        if found == _PLAIN and settings.constants.get("blocks", (1, 1)) != (1, 1):
+            return (_block_diagonal(parts, settings),)
         if found == _EMBEDDING:
             (rank, d_in), (d_out, inner) = (dimensions(parts, f"lora_embedding_{half}", 2) for half in "AB")
             layer = EMBEDDING
@@ -111,7 +121,7 @@ class LoRA(Kind):
         if spec.layer == EMBEDDING:
             A, B = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
         else:
-            A, B = tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
+            A, B = (_whole(tensors[f"lora_{half}"].flatten(1), spec.constants.get(half, 1)) for half in "AB")
         B = B.float() * spec.scaling
         return LowRankDelta(B @ tensors["latent"].float() if "latent" in tensors else B, A)
 
@@ -146,63 +156,41 @@ def _check_groups(parts: Parts, layer: Layer, rank: int, inner: int) -> None:
         raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "train it without grouped convolutions")
 
 
-def _parameters(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Module -> full names of the bare parameters that its factors adapt: one of them each, which one the file does not say.
-
-    PEFT wraps a module once per parameter, in the order in which the model's code declares them.
-    """
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InvalidParams("adapter_config.json: target_parameters", "must be a list of names")
-    by_owner: dict[str, list[str]] = {}
-    for owner, name in (target.rpartition(".")[::2] for target in sorted(set(targets))):
-        by_owner.setdefault(owner, []).append(name)
-    wrapped = {module: _names(module.replace(_WRAPPED, ""), by_owner) for module in modules} if targets else {}
-    return _all_there({module: names for module, names in wrapped.items() if names})
-
-
-def _names(module: str, by_owner: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Parameters whose owner is this module or its dotted tail."""
-    pieces = module.split(".")
-    tails = [".".join(pieces[n:]) for n in range(len(pieces) + 1)]
-    names = tuple(f"{module}.{name}" for tail in tails for name in by_owner.get(tail, ()))
-    if len(names) > _MAX_PARAMETERS:
-        reason = f"{len(names)} parameters of one module; at most {_MAX_PARAMETERS} are read"
-        raise UnsupportedAdapter("adapter_config.json: target_parameters", reason, "list those that were trained")
-    return tuple(dict.fromkeys(names))
+def _blocks(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Module -> of how many diagonal blocks A and B consist; PEFT looks for its patterns anywhere in a name."""
+    asked = config.get("use_bdlora") or {}
+    if not isinstance(asked, Mapping):
+        raise InvalidParams("adapter_config.json: use_bdlora", "must be an object or null")
+    count = int(fields.positive("use_bdlora.nblocks", asked.get("nblocks", 1)))
+    of_A, of_B = (fields.texts(asked, f"target_modules_bd_{half}") for half in "ab")
+    if len(of_A) + len(of_B) > _MAX_PATTERNS:  # every one is looked for in every name
+        raise InvalidParams("adapter_config.json: use_bdlora", f"holds more than {_MAX_PATTERNS} patterns")
+    found = {}
+    for module in modules if asked else ():
+        in_A, in_B = any(part in module for part in of_A), any(part in module for part in of_B)
+        if in_A and in_B:
+            reason = "it is to have both factors block-diagonal, which PEFT refuses"
+            raise UnsupportedAdapter(f"module {module[:200]}", reason, "check how the adapter was saved")
+        found[module] = (count if in_A else 1, count if in_B else 1)
+    return found
 
 
-def _all_there(wrapped: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Raises UnsupportedAdapter where a module has fewer or more pairs of factors than parameters."""
-    for module, names in wrapped.items():
-        plain = module.replace(_WRAPPED, "")
-        pairs = {f"{plain}{_WRAPPED * depth}" for depth in range(len(names))}
-        if not pairs <= wrapped.keys() or module not in pairs:
-            reason = f"it has not one pair of factors for each of {', '.join(names)[:300]}"
-            raise UnsupportedAdapter(f"module {plain[:200]}", reason, "list in target_parameters just those that were trained")
-    return dict(wrapped)
+def _block_diagonal(parts: Parts, settings: Settings) -> ModuleSpec:
+    """lora_A: (r, d_in / blocks), lora_B: (d_out, r / blocks), of which one is whole."""
+    blocks_A, blocks_B = settings.constants["blocks"]
+    (r, across), (d_out, inner) = dimensions(parts, "lora_A", 2), dimensions(parts, "lora_B", 2)
+    check_equal(parts, (d_out, r), (d_out, inner * blocks_B))
+    check_rank(parts, settings, "lora_A", r)
+    if r % blocks_A or d_out % blocks_B:
+        raise ShapeMismatch(parts.module, (blocks_A, blocks_B), (r, d_out))
+    constants = {"A": blocks_A, "B": blocks_B}
+    shape = d_out, across * blocks_A
+    return bounded(ModuleSpec(parts.module, shape, r, LoRA.name, parts.names, scaling(settings, r), constants=constants))
 
 
-def _experts(parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
-    roles_of(parts, _PLAIN)
-    (rows, d_in), (d_out, columns) = dimensions(parts, "lora_A", 2), dimensions(parts, "lora_B", 2)
-    r = int(settings.r or rows)
-    if rows != columns or r < 1 or r != settings.r or rows % r or rows // r > _MAX_EXPERTS:
-        raise ShapeMismatch(parts.module, (max(r, 1), d_in), (rows, d_in))
-    layer = Layer("expert", (), rows // r, tuple(settings.constants["parameters"]))
-    return tuple(
-        ModuleSpec(
-            name=f"{parts.module}[{expert}]" if layer.experts > 1 else parts.module,
-            shape=(d_out, d_in),
-            r=r,
-            kind=LoRA.name,
-            tensors=parts.names,
-            scaling=scaling(settings, r),
-            layer=layer,
-            slices={
-                "lora_A": (slice(expert * r, (expert + 1) * r),),
-                "lora_B": (slice(None), slice(expert, None, layer.experts)),
-            },
-        )
-        for expert in range(layer.experts)
-    )
+def _whole(factor: Tensor, blocks: int) -> Tensor:
+    """The matrix whose diagonal blocks lie one above the other in `factor`."""
+    if blocks == 1:
+        return factor
+    each = torch.eye(blocks, dtype=factor.dtype, device=factor.device)
+    return torch.einsum("bim,bc->bicm", factor.reshape(blocks, -1, factor.shape[1]), each).reshape(len(factor), -1)

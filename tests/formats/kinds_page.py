@@ -1,0 +1,74 @@
+"""docs/kinds.md, made from the registry of kinds, the table of refusals and the cases that prove them.
+
+Write it again with `python tests/formats/kinds_page.py` in the repository.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kind_cases import CASES
+from merge_algos.formats import kinds
+from merge_algos.formats.kind import MAX_FACTOR_ENTRIES, Kind
+from merge_algos.formats.refused import REFUSED
+
+PAGE = Path(__file__).parents[2] / "docs" / "kinds.md"
+
+INTRODUCTION = """\
+# Which adapters are read
+
+Every adapter is read exactly or refused by name, with the reason and what to do. What is read becomes, module by module, a
+pair of low-rank factors with the scaling folded in; so any kinds merge with each other, and the result is a plain LoRA that
+PEFT loads. This page is written by `python tests/formats/kinds_page.py` from the code and the cases that prove it: each was
+saved by PEFT itself, its delta is the one PEFT merges to 1e-5, and merged alone at weight 1 it is the same adapter to PEFT.
+"""
+
+MIB = MAX_FACTOR_ENTRIES * 4 >> 20
+
+REMARKS = f"""\
+- **Layers.** Linear (also transformers' `Conv1D`), `Conv1d`, `Conv2d`, `Conv3d`, embeddings, fused projections, both
+  projections of `nn.MultiheadAttention`, and bare parameters (`target_parameters`), of which every expert is a module of its
+  own, `experts[3]`. A module that is a convolution to one adapter and a linear layer to another is refused, and so are
+  grouped convolutions.
+- **Flattened convolutions.** LoHa, LoKr and AdaLoRA may write a convolution as a matrix that looks like a linear layer's. It
+  takes the shape that another adapter of the merge shows; alone it is written as a linear layer, which PEFT refuses to load
+  into a convolution.
+- **Shapes that a file does not say.** VeRA, PVeRA, MiSS and RandLoRA do not save how wide a layer is. They merge with any
+  adapter of the same layers that says so; one of weight 0 will do.
+- **Bounds.** The factors of one module hold at most {MAX_FACTOR_ENTRIES} numbers ({MIB} MiB of float32), which is checked in
+  the header, before anything is read; forming them takes about three times their size. A rank above the smaller side of a
+  layer is cut to it without loss.
+- **Nothing is left over.** One tensor that no kind reads, or one flag that is unknown, refuses the adapter. Saved embeddings
+  (`save_embedding_layers`), `modules_to_save`, biases and trained tokens are such tensors.
+"""
+
+
+def page() -> str:
+    shown = list(kinds.registry().values())
+    refused_kinds = [[f"`{name}`", *why] for name, why in sorted(REFUSED.items())]
+    refused_flags = [[kind.name, f"`{what}`", reason] for kind in shown for what, reason in sorted(kind.reasons.items())]
+    sections = (
+        INTRODUCTION,
+        "## Read\n",
+        table(("kind", "`peft_type`", "what is read", "rank of the delta", "paper", "proven with"), map(_row, shown)),
+        REMARKS,
+        "## Refused kinds\n",
+        table(("`peft_type`", "why", "what to do"), refused_kinds),
+        "## Refused flags and tensors\n",
+        table(("kind", "flag, or part of a tensor's name", "why"), refused_flags),
+    )
+    return "\n".join(sections)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _row(kind: Kind) -> list[str]:
+    peft_types = ", ".join(f"`{each}`" for each in kind.peft_types) or "none: single files"
+    proven = "; ".join(case.label for case in CASES if case.kind == kind.name) or "files of image models"
+    return [kind.name, peft_types, kind.meaning, f"`{kind.rank}`", kind.paper, proven]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
