@@ -93,10 +93,15 @@ def spelled(modules: Sequence[str]) -> dict[str, Place]:
     """kohya's names of these modules, with what each stands for: the original UNet's for SDXL, the original model's for Flux.
 
     SDXL is known by its second text encoder or by more than one transformer block in a place; its own trainers read no other
-    names, while other loaders read both. Raises UnsupportedAdapter for a module that no table has.
+    names, while other loaders read both. Raises UnsupportedAdapter for a module that no table has, and for a transformer that may
+    be Stable Diffusion 3's, whose blocks diffusers calls as Flux's and kohya does not.
     """
     xl = any(_is_xl(module) for module in modules)
-    several = xl or any(module.startswith("transformer.") for module in modules)
+    of_transformer = [module for module in modules if module.startswith("transformer.")]
+    if of_transformer and not any(".single_transformer_blocks." in module for module in of_transformer):
+        reason = "without a single block of Flux it may be another model's, which kohya spells in another way"
+        raise UnsupportedAdapter(f"module {of_transformer[0][:200]}", reason, "keep it in diffusers' format")
+    several = xl or bool(of_transformer)
     found: dict[str, Place] = {}
     for module in modules:
         name = _spell(module, xl=xl, text="te1" if several else "te")

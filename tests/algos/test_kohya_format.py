@@ -7,7 +7,7 @@ from torch import Tensor
 from merge_algos import formats
 from merge_algos.errors import NonFiniteTensor, ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import components
-from merge_algos.formats.kohya_names import place
+from merge_algos.formats.kohya_names import place, spelled
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 Q_MODULE = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -363,3 +363,39 @@ def test_a_lokr_is_read(shapes: dict[str, tuple[int, int]], scaling: float) -> N
     wide = {part: tensor.double() for part, tensor in parts.items()}
     w1, w2 = (wide[f"w{n}"] if f"w{n}" in wide else wide[f"w{n}_a"] @ wide[f"w{n}_b"] for n in (1, 2))
     assert close(deltas(tensors)[Q_MODULE], scaling * torch.kron(w1, w2))
+
+
+# --- what has no kohya name
+
+
+def unnamed(*modules: str) -> UnsupportedAdapter:
+    with pytest.raises(UnsupportedAdapter) as caught:
+        spelled(modules)
+    return caught.value
+
+
+@pytest.mark.parametrize("module", [PLAIN, PARTLY, "transformer.blocks.0.attn", "text_encoder_3.encoder.block.0.q", "unet"])
+def test_a_module_that_no_table_has_is_named(module: str) -> None:
+    assert module in unnamed(KNOWN, module).subject
+
+
+def test_a_transformer_that_may_not_be_flux_is_refused() -> None:
+    block = "transformer.transformer_blocks.0.attn.to_q"
+    assert block in unnamed(block).subject
+    assert "lora_unet_double_blocks_0_img_attn_qkv" in spelled((block, "transformer.single_transformer_blocks.0.proj_out"))
+
+
+STABLE_DIFFUSION = [module for _, module in pairs(OWN, ORIGINAL) if not module.startswith("transformer.")]
+SINGLE = "transformer.single_transformer_blocks.9.proj_out"
+
+
+@pytest.mark.parametrize("beside", ["text_encoder.text_projection", "text_encoder_2.text_projection"], ids=["1.5", "XL"])
+@pytest.mark.parametrize("module", STABLE_DIFFUSION)
+def test_a_spelling_is_read_as_the_module_it_was_made_of(module: str, beside: str) -> None:
+    names = list(spelled((module, beside)))
+    assert [place(name).modules for name in names] == [(module,), (beside,)]
+
+
+@pytest.mark.parametrize("module", [module for _, module in pairs(FLUX)])
+def test_so_is_one_of_flux(module: str) -> None:
+    assert module in [read for name in spelled((module, SINGLE)) for read in place(name).modules]

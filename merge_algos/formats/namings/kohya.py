@@ -74,7 +74,11 @@ def _triple(
     present = [module for module in where.modules if module in ranks]
     d_in, layer, r = shapes[present[0]][1], layers[present[0]], max(ranks[module] for module in present)
     d_out = rows_in_all(where, shapes)
-    ranges = dict(zip(where.modules, rows(where.split, (d_out, d_in)), strict=True))
+    found = rows(where.split, (d_out, d_in))
+    if not found:
+        reason = f"its shape {(d_out, d_in)} is none that {name} can have"
+        raise UnsupportedAdapter(f"module {present[0][:200]}", reason, "keep it in the format it came in")
+    ranges = dict(zip(where.modules, found, strict=True))
     for module in present:
         size = sum(stop - start for start, stop in ranges[module])
         if shapes[module] != (size, d_in):
