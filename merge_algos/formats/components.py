@@ -6,6 +6,7 @@ adapters from different trainers meet in one module. Number segments are `#` in 
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from types import MappingProxyType
 
 from merge_algos.errors import UnsupportedAdapter
@@ -78,7 +79,7 @@ def divided(module: str) -> tuple[str, str]:
 def is_known(module: str) -> bool:
     """Whether the module of a component is in its table."""
     component, path = divided(module)
-    return numbered(path)[0] in TABLES.get(component, ())
+    return component in TABLES and numbered(path)[0] in TABLES[component]
 
 
 def layer_of(module: str, seen: Layer) -> Layer:
@@ -119,23 +120,26 @@ def check_names(adapters: Sequence[AdapterSpec]) -> None:
 
     Raises UnsupportedAdapter naming a module of each.
     """
-    seen: dict[str, tuple[str, int]] = {}
-    for position, adapter in enumerate(adapters):
-        for kind, module in {_kind(module.name): module.name for module in reversed(adapter.modules)}.items():
-            for other in _NEVER_WITH[kind]:
-                if other in seen and seen[other][1] != position:
-                    raise _unmatched(module, seen[other][0])
-            seen.setdefault(kind, (module, position))
+    for first, second in combinations([_by_kind(adapter) for adapter in adapters], 2):
+        for of_first, of_second in (*_NEVER, *(pair[::-1] for pair in _NEVER)):
+            if of_first in first and of_second in second:
+                raise _unmatched(second[of_second][0], first[of_first][0])
+        for of_first, of_second in (("component", "plain"), ("plain", "component")):
+            paths = {_path(module): module for module in first.get(of_first, ())}
+            for module in second.get(of_second, ()):
+                if _path(module) in paths:
+                    raise _unmatched(module, paths[_path(module)])
 
 
-_NEVER_WITH: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "known": ("plain",),
-        "component": ("plain", "opaque"),
-        "plain": ("known", "component", "opaque"),
-        "opaque": ("plain", "component"),
-    }
-)
+# not `component` beside `plain`, unless they name one path: GPT-2's own modules begin with `transformer.`, too
+_NEVER = (("known", "plain"), ("opaque", "plain"), ("opaque", "component"))
+
+
+def _by_kind(adapter: AdapterSpec) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for module in adapter.modules:
+        found.setdefault(_kind(module.name), []).append(module.name)
+    return found
 
 
 def _kind(module: str) -> str:
@@ -144,6 +148,10 @@ def _kind(module: str) -> str:
     if is_known(module):
         return "known"
     return "component" if divided(module)[0] else "plain"
+
+
+def _path(module: str) -> str:
+    return divided(module)[1].removeprefix("text_model.")
 
 
 def _unmatched(module: str, other: str) -> UnsupportedAdapter:

@@ -305,12 +305,23 @@ def test_names_that_can_be_matched_go_together(pair: tuple[str, str]) -> None:
     components.check_names([spec(name) for name in pair])
 
 
-@pytest.mark.parametrize("pair", [(KNOWN, PLAIN), (PARTLY, PLAIN), (PARTLY, OPAQUE), (PLAIN, OPAQUE)])
+TEXT, TEXT_ALONE = "text_encoder_2.encoder.layers.0.x", "text_model.encoder.layers.0.x"
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(KNOWN, PLAIN), (PARTLY, "some.layer"), (PARTLY, OPAQUE), (PLAIN, OPAQUE), (TEXT, TEXT_ALONE)],
+)
 def test_names_that_cannot_be_matched_are_refused_in_any_order(pair: tuple[str, str]) -> None:
     for names in (pair, pair[::-1]):
         with pytest.raises(UnsupportedAdapter, match=names[1]) as caught:
             components.check_names([spec(name) for name in names])
         assert names[0] in caught.value.reason
+
+
+def test_modules_of_gpt2_are_no_component() -> None:
+    inner, outer = "transformer.h.0.attn.c_attn", "lm_head"
+    components.check_names([spec(inner), spec(inner, outer), spec(outer)])
 
 
 def test_names_within_one_adapter_are_its_own_matter() -> None:
@@ -385,7 +396,7 @@ def test_a_transformer_that_may_not_be_flux_is_refused() -> None:
     assert "lora_unet_double_blocks_0_img_attn_qkv" in spelled((block, "transformer.single_transformer_blocks.0.proj_out"))
 
 
-STABLE_DIFFUSION = [module for _, module in pairs(OWN, ORIGINAL) if not module.startswith("transformer.")]
+STABLE_DIFFUSION = [module for _, module in pairs(OWN, ORIGINAL) if module.split(".")[0] in ("unet", "text_encoder")]
 SINGLE = "transformer.single_transformer_blocks.9.proj_out"
 
 
