@@ -257,7 +257,7 @@ CASES = [
     configured("lora_bias", "lora_bias", lora_bias=True),
     configured("bias", "bias", bias="all"),
     configured("modules_to_save", "modules_to_save", modules_to_save=["head"]),
-    configured("another kind", "LOHA", peft_type="LOHA"),
+    configured("another kind", "IA3", peft_type="IA3"),
     configured("an initialisation that moves the base", "pissa", init_lora_weights="pissa"),
     configured("an unknown flag", "use_magic", use_magic=True),
     configured("alpha infinite", "lora_alpha", slug="invalid-params", lora_alpha=float("inf")),

@@ -179,7 +179,7 @@ def repos(hub: HubServer) -> None:
     hub.add_repo("org/odd-full-model", {"config.json": b"{}", "model.safetensors": b""})
     hub.add_repo("org/odd-no-config", weights)
     hub.add_repo("org/odd-corrupt", hub_files(make_named("org/odd-corrupt", 9), "corrupt/"))
-    hub.add_repo("org/odd-kind", {**weights, "adapter_config.json": b'{"peft_type": "LOHA"}'})
+    hub.add_repo("org/odd-kind", {**weights, "adapter_config.json": b'{"peft_type": "IA3"}'})
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def repos(hub: HubServer) -> None:
         ("org/odd-pickle", 422, "pickle-only", "adapter_model.bin"),
         ("org/odd-full-model", 422, "not-an-adapter", "adapter_config.json"),
         ("org/odd-no-config", 422, "not-an-adapter", "adapter_config.json"),
-        ("org/odd-kind", 422, "unsupported-adapter", "LOHA"),
+        ("org/odd-kind", 422, "unsupported-adapter", "IA3"),
     ],
 )
 @pytest.mark.parametrize("path", ["/adapters", "/merge"])
