@@ -17,6 +17,7 @@ from storage.sources.hub import HubRef, HubSnapshot
 from storage.sources.hub_snapshot import WEIGHTS
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_THE_ONE_FILE = "*"  # no name of a file on a Hub
 
 
 def pinned(services: Services, ref: HubRef, *, token: str | None) -> HubSnapshot | HubRef:
@@ -57,15 +58,14 @@ def import_hub(services: Services, snapshot: HubSnapshot, *, token: str | None =
     config = fetch(snapshot.config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES) if snapshot.config else None
     weights = fetch(snapshot.weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
     source = Source("hub", str(snapshot.ref))
-    restricted = (_file_of(snapshot),) if snapshot.restricted else ()
+    restricted = (_asked_for(str(snapshot.ref), with_config=config is not None),) if snapshot.restricted else ()
     known_base = snapshot.base_model if config is None else None
     return _record(services, config, weights, source, otherwise=known_base, licence=snapshot.licence, restricted=restricted)
 
 
-def _file_of(snapshot: HubSnapshot) -> str:
-    """The source as `Restricted` has it: with the file to ask for, unless it is PEFT's."""
-    name = snapshot.weights.path.rpartition("/")[2]
-    return str(snapshot.ref) if snapshot.ref.is_file or name == WEIGHTS else f"{snapshot.ref}#{name}"
+def _asked_for(source: str, *, with_config: bool) -> str:
+    """The source as `Restricted` has it. A folder's one file may have any name, so it is looked for again."""
+    return source if with_config or HubRef.parse(source.removeprefix("hub:")).is_file else f"{source}#{_THE_ONE_FILE}"
 
 
 def import_upload(
@@ -83,7 +83,8 @@ def import_upload(
 class Restricted(Protocol):
     """A record of anything that came, in part, from private or gated places.
 
-    restricted: `hub:<reference>@<commit>` of adapters; of anything else with `#` and the file there to ask for.
+    restricted: `hub:<reference>@<commit>` of adapters; with `#*` where the adapter is the only file there, and of anything else
+    with `#` and the file there to ask for.
     """
 
     @property
@@ -97,7 +98,10 @@ def check_access(services: Services, record: Restricted, *, token: str | None) -
     """
     for source in record.restricted:
         reference, _, file = source.removeprefix("hub:").partition("#")
-        services.hub.check_access(HubRef.parse(reference), file=file or WEIGHTS, token=token)
+        if file == _THE_ONE_FILE:
+            services.hub.resolve(HubRef.parse(reference), token=token)
+        else:
+            services.hub.check_access(HubRef.parse(reference), file=file or WEIGHTS, token=token)
 
 
 def complete(services: Services, artefact: Digest) -> bool:
@@ -152,7 +156,7 @@ def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
     with services.blobs.open(parent) as stream:
         manifest = json.load(stream)
     if manifest.get("source", {}).get("kind") == "hub":
-        return (str(manifest["source"]["reference"]),)
+        return (_asked_for(str(manifest["source"]["reference"]), with_config="adapter_config.json" in manifest["parts"]),)
     return restrictions(services, [Digest.parse(text) for text in manifest["inputs"]])
 
 

@@ -216,10 +216,18 @@ def test_a_model_is_no_adapter(hub_service: Server, hub: HubServer) -> None:
     problem(hub_import(hub_service, "hub:org/model"), 422, "not-an-adapter")
 
 
-@pytest.mark.parametrize("reference", ["hub:org/secret-file", "hub:org/secret-file/style.safetensors"])
-def test_a_private_file_is_given_only_to_who_may_read_it(hub_service: Server, hub: HubServer, reference: str) -> None:
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("hub:org/secret-file", "style.safetensors"),
+        ("hub:org/secret-file/style.safetensors", "style.safetensors"),
+        ("hub:org/secret-odd", "a style #1.safetensors"),
+    ],
+)
+def test_a_private_file_is_given_only_to_who_may_read_it(hub_service: Server, hub: HubServer, reference: str, name: str) -> None:
     file = make_kohya(37).files[WEIGHTS]
-    hub.add_repo("org/secret-file", {"style.safetensors": file}, private=True, readers=["hf_reader"])
+    repo = "/".join(reference.removeprefix("hub:").split("/")[:2])
+    hub.add_repo(repo, {name: file}, private=True, readers=["hf_reader"])
     token = {"x-hub-token": "hf_reader"}
     link = hub_service.http.post("/adapters", json={"source": reference}, headers=token).json()["links"][WEIGHTS]
     assert hub_service.http.get(link, headers=token).content == file
