@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_algos import formats
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, check_finite
+from merge_algos.formats.wrapped import read_alpha
 from merge_algos.formats.written import factor_names, joined, written
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import ModuleReport, ModuleResult
@@ -46,7 +47,8 @@ class OpenAdapter:
         """Raises BlobNotFound, and what `check` raises."""
         manifest = read_manifest(blobs, digest)
         tensors = open_tensors(blobs.path(manifest.weights.digest))
-        spec = _describe(blobs, manifest.config, tensors)
+        # the manifest knows the base model of a file that names none
+        spec = replace(_describe(blobs, manifest.config, tensors), base_model=manifest.base_model)
         return cls(manifest, spec, {module.name: module for module in spec.modules}, tensors)
 
     def delta(self, name: str, shape: tuple[int, int], device: str) -> LowRankDelta:
@@ -62,8 +64,10 @@ class OpenAdapter:
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """Of the tensors that are no indices."""
-        return frozenset(info.dtype for info in self.tensors.header.tensors.values() if info.dtype in TORCH_DTYPES)
+        """Of the tensors that are no indices and no alpha."""
+        alphas = formats.alpha_tensors(self.spec)
+        infos = (info for info in self.tensors.header.tensors.values() if info.name not in alphas)
+        return frozenset(info.dtype for info in infos if info.dtype in TORCH_DTYPES)
 
 
 def read_manifest(blobs: BlobStore, digest: Digest) -> AdapterManifest:
@@ -78,16 +82,20 @@ def read_json(blobs: BlobStore, digest: Digest) -> Any:
         return json.load(stream)
 
 
-def check(blobs: BlobStore, config: Descriptor, weights: Descriptor) -> AdapterSpec:
-    """Read a whole adapter once before it is accepted.
+def check(blobs: BlobStore, config: Descriptor | None, weights: Descriptor) -> AdapterSpec:
+    """Read a whole adapter once before it is accepted. config: None of a single file.
 
     Raises InvalidTensorFile, UnsupportedAdapter, ShapeMismatch, InvalidParams, BadPattern or NonFiniteTensor, naming
     the tensor, module or flag.
     """
     with open_tensors(blobs.path(weights.digest)) as tensors:
         spec = _describe(blobs, config, tensors)
+        alphas = formats.alpha_tensors(spec)
         for name in tensors.header.tensors:
-            check_finite(name, read_tensor(tensors, name))
+            tensor = read_tensor(tensors, name)
+            check_finite(name, tensor)
+            if name in alphas:
+                read_alpha(name, tensor)
         if formats.index_tensors(spec):  # indices are small, and what they point at is known only when they are read
             for module in spec.modules:
                 formats.load(module, {role: read_tensor(tensors, name) for role, name in module.tensors.items()})
@@ -193,10 +201,10 @@ def put_adapter(
     return put_tensors(blobs, specs, lambda name: joined(tensors[name], [factor(part) for part in tensors[name].factors]))
 
 
-def _describe(blobs: BlobStore, config: Descriptor, tensors: TensorFile) -> AdapterSpec:
+def _describe(blobs: BlobStore, config: Descriptor | None, tensors: TensorFile) -> AdapterSpec:
     infos = tensors.header.tensors
     shapes = {name: info.shape for name, info in infos.items()}
-    spec = formats.describe(_config(blobs, config), shapes, tensors.header.metadata)
+    spec = formats.describe(_config(blobs, config) if config else None, shapes, tensors.header.metadata)
     indices = formats.index_tensors(spec)
     for info in infos.values():
         known = _INDEX_DTYPES if info.name in indices else TORCH_DTYPES

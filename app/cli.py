@@ -73,7 +73,9 @@ def worker(
 
 @app.command()
 def merge(
-    sources: Annotated[list[str] | None, typer.Argument(help="hub:org/name@rev, sha256:…, name:ns/name, or a directory.")] = None,
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="hub:org/name@rev, sha256:…, name:ns/name, directory or file.")
+    ] = None,
     weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One per source [default: 1/n each].")] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See GET /methods [default: task_arithmetic].")] = None,
     parameter: Annotated[
@@ -84,7 +86,7 @@ def merge(
     ] = None,
     rank: Annotated[str | None, typer.Option("--rank", "-r", help="32, energy:0.99, or energy:0.99:64 [default: exact].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
-    profile: Annotated[str | None, typer.Option(help="portable or compact.")] = None,
+    profile: Annotated[str | None, typer.Option(help="portable, compact or vllm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw at random.")] = None,
     name: Annotated[str | None, typer.Option(help="Also keep the result as name:<ns>/<name>.")] = None,
     recipe: Annotated[
@@ -202,23 +204,49 @@ def list_(url: Url = None, data_dir: DataDir = None) -> None:
 
 @app.command(name="import")
 def import_(
-    source: Annotated[str, typer.Argument(help="hub:org/name[/subfolder][@revision], or a directory.")],
+    source: Annotated[str, typer.Argument(help="hub:org/name[/subfolder][@revision], a directory, or one .safetensors file.")],
     name: Annotated[str | None, typer.Option(help="Also keep it as name:<ns>/<name>.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Of a single file [default: as its metadata names it].")
+    ] = None,
     url: Url = None,
     data_dir: DataDir = None,
     hub_token: HubToken = None,
 ) -> None:
     """Bring one adapter into the store and print its id.
 
-    Example: `braid import hub:org/math-lora@main --name me/math`
+    Examples: `braid import hub:org/math-lora@main --name me/math`, `braid import style.safetensors --base-model sd_v1`
     """
     from app import commands
 
     with _problems_told():
         if url is None:
-            print(commands.import_here(_settings(data_dir=data_dir), source, name, token=hub_token))
+            print(commands.import_here(_settings(data_dir=data_dir), source, name, base_model, token=hub_token))
         else:
-            print(commands.import_there(url, source, name, token=hub_token))
+            print(commands.import_there(url, source, name, base_model, token=hub_token))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="hub:org/name@rev, sha256:…, name:ns/name, directory or file.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; for --to peft a directory.")],
+    to: Annotated[str, typer.Option("--to", help="peft, kohya or diffusers.")],
+    url: Url = None,
+    data_dir: DataDir = None,
+    hub_token: HubToken = None,
+) -> None:
+    """Write an adapter in another format: the same deltas under other names.
+
+    Example: `braid convert ./unet-lora style.safetensors --to kohya`
+    """
+    from app import convert_commands
+
+    with _problems_told():
+        wanted = convert_commands.format_of(to)
+        if url is None:
+            convert_commands.convert_here(_settings(data_dir=data_dir), source, output, wanted, token=hub_token)
+        else:
+            convert_commands.convert_there(url, source, output, wanted, token=hub_token)
 
 
 @app.command()

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import httpx2
+
+WEIGHTS = "adapter_model.safetensors"
 
 _CONNECT_TIMEOUT_S = 10.0
 _IMPORT_TIMEOUT_S = 3600.0
@@ -43,12 +45,14 @@ class Client:
     def import_hub(self, source: str, name: str | None = None) -> dict[str, Any]:
         return self._json("POST", "/adapters", json={"source": source, "name": name})
 
-    def upload(self, directory: Path, name: str | None = None) -> dict[str, Any]:
-        """Upload a PEFT adapter directory."""
-        parts = ("adapter_config.json", "adapter_model.safetensors")
-        with (directory / parts[0]).open("rb") as config, (directory / parts[1]).open("rb") as weights:
-            files = {parts[0]: (parts[0], config), parts[1]: (parts[1], weights)}
-            return self._json("POST", "/adapters", files=files, data={"name": name} if name else {})
+    def upload(self, place: Path, name: str | None = None, base_model: str | None = None) -> dict[str, Any]:
+        """Upload a PEFT adapter directory, or a single file."""
+        paths = {part: place / part for part in ("adapter_config.json", WEIGHTS)} if place.is_dir() else {WEIGHTS: place}
+        fields = {"name": name, "base_model": base_model}
+        with ExitStack() as stack:
+            files = {part: (part, stack.enter_context(path.open("rb"))) for part, path in paths.items()}
+            given = {field: value for field, value in fields.items() if value}
+            return self._json("POST", "/adapters", files=files, data=given)
 
     def add_data(self, file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:

@@ -22,16 +22,17 @@ from app.engine.devices import available
 from app.engine.direct import DirectExecutor
 from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
-from app.errors import InvalidField
+from app.errors import InvalidField, UnknownAdapter
 from app.learning import local
 from app.report import read_report
-from app.resolve import resolve
+from app.resolve import pin, resolve
 from app.schemas import TASK_NAME, MergeRequest
 from app.services import Services
 from app.settings import Settings
 from storage.digest import Digest
 from storage.errors import BadDigest, BadSource
 from storage.gc import collect
+from storage.index import AdapterRecord
 from storage.manifest import named_parts, parts_of
 from storage.model_folders import sweep_folders
 from storage.sources.hub import HubRef
@@ -151,25 +152,49 @@ def tell_how_to_load(output: Path, console: Console) -> None:
     console.print(how_to_load(output, config["base_model_name_or_path"]), markup=False, highlight=False, soft_wrap=True)
 
 
-def import_here(settings: Settings, source: str, name: str | None, *, token: str | None) -> str:
-    """The id of the adapter in a directory or on the Hub, now in this store. Raises BadSource, and the errors of both."""
+def import_here(settings: Settings, source: str, name: str | None, base_model: str | None, *, token: str | None) -> str:
+    """The id of the adapter in a file, in a directory or on the Hub, now in this store. Raises BadSource, and their errors."""
+    _check_base_model(source, base_model)
     services = Services.open(settings)
-    if Path(source).is_dir():
-        adapter = Digest.parse(_here(services, source))
-    elif source.startswith("hub:"):
-        adapter = ingest.obtain(services, HubRef.parse(source.removeprefix("hub:")), token=token).id
-    else:
-        raise BadSource(source, "it is neither a directory nor hub:org/name[/subfolder][@revision]")
+    if not _is_local(source) and not source.startswith("hub:"):
+        raise BadSource(source, "it is no file, and neither a directory nor hub:org/name[/subfolder][@revision]")
+    adapter = adapter_here(services, source, base_model, token=token).id
     if name is not None:
         services.index.set_name(name, adapter)
     return str(adapter)
 
 
-def import_there(url: str, source: str, name: str | None, *, token: str | None) -> str:
-    """The same on a server, which the directory is uploaded to. Raises Refused."""
+def import_there(url: str, source: str, name: str | None, base_model: str | None, *, token: str | None) -> str:
+    """The same on a server, which what is local is uploaded to. Raises Refused."""
+    _check_base_model(source, base_model)
     with Client.connect(url, token=token) as client:
-        added = client.upload(Path(source), name) if Path(source).is_dir() else client.import_hub(source, name)
+        added = client.upload(Path(source), name, base_model) if _is_local(source) else client.import_hub(source, name)
     return str(added["id"])
+
+
+def adapter_here(services: Services, source: str, base_model: str | None = None, *, token: str | None) -> AdapterRecord:
+    """The adapter of any source, brought into the store if it is not there. Raises the errors of sources."""
+    if source.startswith("hub:"):
+        return ingest.obtain(services, HubRef.parse(source.removeprefix("hub:")), token=token)
+    adapter = pin(_here(services, source, base_model), services, token=token, field="source")
+    record = services.index.get(Digest.parse(adapter))
+    if record is None:
+        raise UnknownAdapter(source)
+    return record
+
+
+def adapter_there(client: Client, source: str) -> str:
+    """The id of the same on a server. Raises Refused."""
+    return str(client.import_hub(source)["id"]) if source.startswith("hub:") else _there(client, source)
+
+
+def _check_base_model(source: str, base_model: str | None) -> None:
+    if base_model is not None and not Path(source).is_file():
+        raise InvalidField("--base-model", "only of a single file; a directory's adapter_config.json and the Hub name their own")
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).is_dir() or Path(source).is_file()
 
 
 def collect_garbage(settings: Settings, grace_s: float) -> str:
@@ -241,8 +266,8 @@ def _parts(services: Services, artefact: Digest) -> Iterator[Digest]:
 
 
 def _with_names(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """An adapter from a directory is called as its directory, where that is a name and nobody else's."""
-    found = [Path(item["source"]).resolve().name if Path(item["source"]).is_dir() else None for item in items]
+    """An adapter from a directory or file is called as that, where that is a name and nobody else's."""
+    found = [_called(Path(item["source"])) for item in items]
     usable = [name if name and re.fullmatch(TASK_NAME, name) and found.count(name) == 1 else None for name in found]
     taken = {item.get("name") for item in items}
     return [
@@ -251,9 +276,15 @@ def _with_names(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _here(services: Services, source: str) -> str:
-    """A directory becomes the id of the adapter in it; any other source stays."""
+def _called(place: Path) -> str | None:
+    return place.resolve().name if place.is_dir() else place.stem if place.is_file() else None
+
+
+def _here(services: Services, source: str, base_model: str | None = None) -> str:
+    """A directory or file becomes the id of the adapter in it; any other source stays."""
     directory = Path(source)
+    if directory.is_file():
+        return str(ingest.import_upload(services, None, _chunks(directory), base_model=base_model).id)
     if not directory.is_dir():
         return source
     parts = ("adapter_config.json", "adapter_model.safetensors")
@@ -264,7 +295,7 @@ def _here(services: Services, source: str) -> str:
 
 
 def _there(client: Client, source: str) -> str:
-    return str(client.upload(Path(source))["id"]) if Path(source).is_dir() else source
+    return str(client.upload(Path(source))["id"]) if _is_local(source) else source
 
 
 def _chunks(path: Path) -> Iterable[bytes]:

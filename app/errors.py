@@ -259,6 +259,7 @@ STATUS: Mapping[type[Exception], int] = {
     storing.TokenRefused: 401,
     storing.PickleOnly: 422,
     storing.NotAnAdapter: 422,
+    storing.SeveralAdapters: 422,
     storing.HubUnavailable: 502,
 }
 

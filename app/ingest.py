@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from app.adapters import check
@@ -15,6 +17,7 @@ from storage.sources.hub import HubRef, HubSnapshot
 from storage.sources.hub_snapshot import WEIGHTS
 
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_THE_ONE_FILE = "*"  # no name of a file on a Hub
 
 
 def pinned(services: Services, ref: HubRef, *, token: str | None) -> HubSnapshot | HubRef:
@@ -51,26 +54,37 @@ def import_hub(services: Services, snapshot: HubSnapshot, *, token: str | None =
     if known is not None:
         return known
     limit_bytes = services.settings.max_upload_bytes
-    fetch = services.hub.fetch
-    config = fetch(snapshot, snapshot.config, services.blobs, media_type=MEDIA_JSON, token=token, limit_bytes=_MAX_CONFIG_BYTES)
-    weights = fetch(snapshot, snapshot.weights, services.blobs, media_type=MEDIA_TENSORS, token=token, limit_bytes=limit_bytes)
+    fetch = partial(services.hub.fetch, snapshot, blobs=services.blobs, token=token)
+    config = fetch(snapshot.config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES) if snapshot.config else None
+    weights = fetch(snapshot.weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
     source = Source("hub", str(snapshot.ref))
-    restricted = (str(snapshot.ref),) if snapshot.restricted else ()
-    return _record(services, config, weights, source, licence=snapshot.licence, restricted=restricted)
+    restricted = (_asked_for(str(snapshot.ref), with_config=config is not None),) if snapshot.restricted else ()
+    known_base = snapshot.base_model if config is None else None
+    return _record(services, config, weights, source, otherwise=known_base, licence=snapshot.licence, restricted=restricted)
 
 
-def import_upload(services: Services, config: Iterable[bytes], weights: Iterable[bytes]) -> AdapterRecord:
-    """Store, check and record an uploaded adapter. Raises BlobTooLarge, StoreFull, and what `adapters.check` finds."""
-    stored_config = services.blobs.put(config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES)
-    limit_bytes = services.settings.max_upload_bytes
-    stored_weights = services.blobs.put(weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
-    return _record(services, stored_config, stored_weights, Source("upload"))
+def _asked_for(source: str, *, with_config: bool) -> str:
+    """The source as `Restricted` has it. A folder's one file may have any name, so it is looked for again."""
+    return source if with_config or HubRef.parse(source.removeprefix("hub:")).is_file else f"{source}#{_THE_ONE_FILE}"
+
+
+def import_upload(
+    services: Services, config: Iterable[bytes] | None, weights: Iterable[bytes], *, base_model: str | None = None
+) -> AdapterRecord:
+    """Store, check and record an uploaded adapter. config: None of a single file, of which `base_model` may say what its
+    metadata does not, or other than it. Raises BlobTooLarge, StoreFull, and what `adapters.check` finds.
+    """
+    blobs, limit_bytes = services.blobs, services.settings.max_upload_bytes
+    stored_config = blobs.put(config, media_type=MEDIA_JSON, limit_bytes=_MAX_CONFIG_BYTES) if config is not None else None
+    stored_weights = blobs.put(weights, media_type=MEDIA_TENSORS, limit_bytes=limit_bytes)
+    return _record(services, stored_config, stored_weights, Source("upload"), base_model=base_model)
 
 
 class Restricted(Protocol):
     """A record of anything that came, in part, from private or gated places.
 
-    restricted: `hub:<reference>@<commit>` of adapters; of anything else with `#` and the file there to ask for.
+    restricted: `hub:<reference>@<commit>` of adapters; with `#*` where the adapter is the only file there, and of anything else
+    with `#` and the file there to ask for.
     """
 
     @property
@@ -84,7 +98,10 @@ def check_access(services: Services, record: Restricted, *, token: str | None) -
     """
     for source in record.restricted:
         reference, _, file = source.removeprefix("hub:").partition("#")
-        services.hub.check_access(HubRef.parse(reference), file=file or WEIGHTS, token=token)
+        if file == _THE_ONE_FILE:
+            services.hub.resolve(HubRef.parse(reference), token=token)
+        else:
+            services.hub.check_access(HubRef.parse(reference), file=file or WEIGHTS, token=token)
 
 
 def complete(services: Services, artefact: Digest) -> bool:
@@ -139,20 +156,24 @@ def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
     with services.blobs.open(parent) as stream:
         manifest = json.load(stream)
     if manifest.get("source", {}).get("kind") == "hub":
-        return (str(manifest["source"]["reference"]),)
+        return (_asked_for(str(manifest["source"]["reference"]), with_config="adapter_config.json" in manifest["parts"]),)
     return restrictions(services, [Digest.parse(text) for text in manifest["inputs"]])
 
 
 def _record(
     services: Services,
-    config: Descriptor,
+    config: Descriptor | None,
     weights: Descriptor,
     source: Source,
     *,
+    base_model: str | None = None,
+    otherwise: str | None = None,
     licence: str | None = None,
     restricted: tuple[str, ...] = (),
 ) -> AdapterRecord:
+    """base_model: instead of what the files say.  otherwise: where they say none."""
     spec = check(services.blobs, config, weights)
+    spec = replace(spec, base_model=base_model or spec.base_model or otherwise or "")
     manifest = AdapterManifest(spec.base_model, config, weights, source, licence)
     stored = services.blobs.put([manifest.to_bytes()], media_type=MEDIA_MANIFEST)
     record = describe(manifest, stored.digest, spec, restricted)

@@ -14,7 +14,7 @@ from storage.digest import Digest
 from storage.manifest import canonical_json
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-Profile = Literal["portable", "compact"]
+Profile = Literal["portable", "compact", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from app.card import reconstruction_card
 from app.engine.child import workbench
 from app.engine.local import threads_for
 from app.errors import UnknownTask
+from app.profiles import shipped_ranks
 from app.report import read_report
 from app.services import Services
 from merge_algos.errors import NonFiniteResult
@@ -114,13 +115,13 @@ def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], 
 
 def _verbatim(
     services: Services, opened: OpenBasis, place: Place, *, asked: tuple[BasisRecord, Mapping[str, float], Digest]
-) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+) -> tuple[tuple[Descriptor | None, Descriptor], dict[str, Any]]:
     """The adapter's own two files. Raises DigestMismatch if they are not."""
     layout = opened.group(place)["layout"]
     config, weights = unpack(layout, place.position, opened.tensors.view)
     expected = Descriptor.from_json(layout["tasks"][place.position]["weights"]).digest
     parts = (
-        services.blobs.put([config], media_type=MEDIA_JSON),
+        services.blobs.put([config], media_type=MEDIA_JSON) if config else None,
         services.blobs.put(weights, media_type=MEDIA_TENSORS, expected=expected),
     )
     return parts, _certificate(*asked, error=0.0, modules=())
@@ -134,16 +135,15 @@ def _decoded(
     weights: Mapping[str, float],
     rule: RankRule,
     identity: Digest,
-) -> tuple[tuple[Descriptor, Descriptor], dict[str, Any]]:
+) -> tuple[tuple[Descriptor | None, Descriptor], dict[str, Any]]:
     shapes = _shapes(services, opened, basis, places)
     bench = workbench(services, "cpu", threads_for(services.settings, 1))
     readers = [_reader(services, opened, basis, task, place) for task, place in places.items()]
     dtype = _dtype(opened, list(places.values()))
     one = partial(_module, readers, list(weights.values()), shapes, rule, dtype)
     modules = bench.side_by_side(one, list(shapes))
-    ranks = {m.name: max(m.delta.rank, 1) for m in modules}
-    if opened.group(next(iter(places.values())))["profile"] == "portable":
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    profile = opened.group(next(iter(places.values())))["profile"]
+    ranks = shipped_ranks({m.name: m.delta.rank for m in modules}, profile)
     report = _certificate(basis, weights, identity, error=_error(opened, places, weights, modules), modules=modules)
     layers = _layers(services, opened, basis, places, shapes)
     weights_part = _put_weights(services, modules, shapes, layers, ranks)

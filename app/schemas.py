@@ -18,7 +18,8 @@ BASE_HELP = (
     "for methods that learn: hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
 )
 DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
-SOURCE_HELP = "hub:org/name[/subfolder][@revision], sha256:<adapter id>, or name:<namespace>/<name>"
+HUB_HELP = "hub:org/name[/subfolder or file.safetensors][@revision]"
+SOURCE_HELP = f"{HUB_HELP}, sha256:<adapter id>, or name:<namespace>/<name>"
 
 
 class Body(BaseModel):
@@ -85,7 +86,8 @@ class MergeRequest(Body):
     dtype: Dtype = Field(default="auto", description="of the result; auto is the widest among the inputs")
     seed: int = Field(default=0, ge=0, lt=2**63)
     profile: Profile = Field(
-        default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
+        default="portable",
+        description="portable: one rank everywhere, loads on every server; compact: no padding; vllm: so at a rank of vLLM's",
     )
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
     base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)
@@ -110,8 +112,15 @@ class ReconstructRequest(Body):
 
 
 class ImportRequest(Body):
-    source: str = Field(max_length=1000, description="hub:org/name[/subfolder][@revision]", examples=["hub:org/math-lora@main"])
+    source: str = Field(max_length=1000, description=HUB_HELP, examples=["hub:org/math-lora@main"])
     name: Name | None = Field(default=None, description="also make it known as name:<this>")
+
+
+class UploadFields(Body):
+    name: Name | None = Field(default=None, description="also make it known as name:<this>")
+    base_model: str | None = Field(
+        default=None, min_length=1, max_length=500, description="of a single file, instead of what its metadata says"
+    )
 
 
 class Problem(BaseModel):

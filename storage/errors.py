@@ -14,7 +14,8 @@ StorageError
     ├── RevisionNotFound no such branch, tag or commit
     ├── GatedRepo        the repository wants a token that was accepted there
     ├── PickleOnly       weights exist, but only as pickle
-    ├── NotAnAdapter     the repository holds no adapter_config.json with weights beside it
+    ├── NotAnAdapter     the repository holds no adapter_config.json with weights beside it, and no single file
+    ├── SeveralAdapters  the repository holds several single files, each an adapter
     ├── HubUnavailable   the Hub did not answer, or not in time
     └── TokenRefused     the token passed is no token of this Hub, or lacks the permission
 """
@@ -136,6 +137,15 @@ class NotAnAdapter(HubError):
 
     def __str__(self) -> str:
         return f"{self.repo} is not a PEFT adapter: it has no {self.missing}"
+
+
+@dataclass(eq=False)
+class SeveralAdapters(HubError):
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        listed = ", ".join(self.files)[:1000]
+        return f"{self.repo} holds several adapters ({listed}); name one, as hub:{self.repo}/{self.files[0][:200]}"
 
 
 @dataclass(eq=False)

@@ -23,9 +23,11 @@ def canonical_json(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an adapter came from. reference: `hub:org/name@commit`, a recipe's digest (merge, basis), or empty for an upload."""
+    """Where an adapter came from. reference: `hub:org/name@commit`, a digest of what was asked for (merge, basis,
+    conversion), or empty for an upload.
+    """
 
-    kind: Literal["hub", "upload", "merge", "basis"]
+    kind: Literal["hub", "upload", "merge", "basis", "conversion"]
     reference: str = ""
 
 
@@ -33,11 +35,12 @@ class Source:
 class AdapterManifest:
     """The parts of one adapter and its provenance. `inputs`: manifests it was merged from, in the recipe's order.
 
-    licence: as the card at the pinned commit names it, so that a merge can pass it on.
+    config: None of a single file that has none.  licence: as the card at the pinned commit names it, so that a merge can pass
+    it on.
     """
 
     base_model: str
-    config: Descriptor
+    config: Descriptor | None
     weights: Descriptor
     source: Source
     licence: str | None = None
@@ -76,7 +79,7 @@ class AdapterManifest:
         parts = {name: Descriptor.from_json(part) for name, part in document["parts"].items()}
         return cls(
             base_model=document["base_model"],
-            config=parts["adapter_config.json"],
+            config=parts.get("adapter_config.json"),
             weights=parts["adapter_model.safetensors"],
             source=Source(**document["source"]),
             licence=document["licence"],

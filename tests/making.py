@@ -33,6 +33,61 @@ class Made:
         return directory
 
 
+@dataclass(frozen=True)
+class Single(Made):
+    """An adapter that is one file without a config, as image trainers write it. metadata: of the file."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        tensors = {name: t.contiguous() for name, t in self.tensors.items()}
+        return {"adapter_model.safetensors": save(tensors, metadata=dict(self.metadata))}
+
+
+# modules of Stable Diffusion's UNet, by diffusers' names: (d_out, d_in, *kernel)
+IMAGE_SHAPES: Mapping[str, tuple[int, ...]] = {
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (12, 8),
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0": (8, 12),
+    "down_blocks.1.resnets.0.conv1": (6, 4, 3, 3),
+    "mid_block.attentions.0.proj_in": (6, 6, 1, 1),
+}
+
+
+def image_factors(seed: int, *, r: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (A, B) as a layer of its shape has them."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for module, (d_out, *d_in) in IMAGE_SHAPES.items():
+        ones = [1] * (len(d_in) - 1)
+        factors[module] = torch.randn(r, *d_in, generator=generator), torch.randn(d_out, r, *ones, generator=generator)
+    return factors
+
+
+def make_kohya(
+    seed: int = 0, *, r: int = 2, alpha: float = 1.0, base_model: str = "sd_v1", dtype: torch.dtype = torch.float32
+) -> Single:
+    tensors = {}
+    for module, (A, B) in image_factors(seed, r=r).items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        tensors |= {f"{name}.lora_down.weight": A.to(dtype), f"{name}.lora_up.weight": B.to(dtype)}
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return Single(tensors, metadata={"ss_base_model_version": base_model} if base_model else {})
+
+
+def make_diffusers(seed: int = 0, *, r: int = 2) -> Single:
+    tensors = {}
+    for module, pair in image_factors(seed, r=r).items():
+        tensors |= {f"unet.{module}.lora_{half}.weight": factor for half, factor in zip("AB", pair, strict=True)}
+    return Single(tensors)
+
+
+def image_deltas(seed: int, *, r: int = 2, scaling: float = 1.0) -> dict[str, Tensor]:
+    """Module -> scaling * B @ A in float64, convolutions flattened; the naive oracle."""
+    wide = {module: (A.double().flatten(1), B.double().flatten(1)) for module, (A, B) in image_factors(seed, r=r).items()}
+    return {module: scaling * B @ A for module, (A, B) in wide.items()}
+
+
 def make(
     seed: int = 0,
     *,

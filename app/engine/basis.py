@@ -86,7 +86,10 @@ def _pack(
     return stored, packing.layout
 
 
-def _bytes(blobs: BlobStore, part: Descriptor) -> bytes:
+def _bytes(blobs: BlobStore, part: Descriptor | None) -> bytes:
+    """Empty where there is none: no config in JSON is."""
+    if part is None:
+        return b""
     with blobs.open(part.digest) as stream:
         return stream.read()
 

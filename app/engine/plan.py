@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from app.profiles import served_rank
 from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
 from merge_algos.adapter import common_base
 from merge_algos.errors import InvalidRank
+from merge_algos.formats.components import check_names
 from merge_algos.formats.spec import AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import check_count, check_rule
@@ -39,6 +41,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     if method.produces == "basis":
         cast(BasisMethod, method).check_inputs(len(specs), max(spec.rank for spec in specs))
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
+    check_names(specs)
     modules = agreed_shapes(specs)
     layers = layers_of(specs, modules)
     ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)
@@ -57,6 +60,8 @@ def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]])
 
 
 def _check_rank(recipe: Recipe, ranks: Mapping[str, int], modules: Mapping[str, tuple[int, int]]) -> None:
+    if recipe.profile == "vllm" and recipe.rank.max is not None:
+        served_rank(recipe.rank.max)
     possible = max(min(ranks[name], *shape) for name, shape in modules.items())
     if recipe.rank.energy is None and recipe.rank.max is not None and recipe.rank.max > possible:
         raise InvalidRank(recipe.rank.max, f"the result can have rank {possible} at most")

@@ -12,6 +12,7 @@ from app.card import model_card
 from app.engine import basis, learning
 from app.engine.bench import Workbench
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
+from app.profiles import shipped_ranks
 from app.recipe import Recipe
 from app.report import certificate
 from app.services import Services
@@ -19,7 +20,7 @@ from merge_algos import catalogue
 from merge_algos.formats.spec import AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.formats.written import config_for
-from merge_algos.merge import ModuleReport, ModuleResult, build_post, merge_module, survey_module
+from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
@@ -100,7 +101,7 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     layers = layers_of(specs, shapes)
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
     reports = tuple(report for shard in shards for report in shard.reports)
-    ranks = _shipped_ranks(recipe, reports)
+    ranks = shipped_ranks({report.module: report.rank_out for report in reports}, recipe.profile)
     learned = adapters.read_json(blobs, task.learned) if task.learned else None
     report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
     manifest = AdapterManifest(
@@ -124,12 +125,6 @@ def _coefficients(recipe: Recipe, inputs: Sequence[Digest], learned: Mapping[str
     names = [{"name": item.name, "id": str(digest)} for item, digest in zip(recipe.adapters, inputs, strict=True)]
     granularity = recipe.parameters["granularity"]
     return {"schema": 1, "granularity": granularity, "adapters": names, "table": learned["table"]}
-
-
-def _shipped_ranks(recipe: Recipe, reports: Sequence[ModuleReport]) -> dict[str, int]:
-    """Module -> rank in the file. PEFT knows no rank 0, so a module that cancelled out is shipped as one pair of zeros."""
-    own = {report.module: max(report.rank_out, 1) for report in reports}
-    return own if recipe.profile == "compact" else dict.fromkeys(own, max(own.values()))
 
 
 def _config(

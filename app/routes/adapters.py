@@ -4,9 +4,10 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, BinaryIO
+from threading import BoundedSemaphore
+from typing import Annotated, Any, BinaryIO, TypeVar
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
@@ -14,10 +15,11 @@ from starlette.datastructures import FormData, UploadFile
 
 from app import ingest
 from app.adapters import read_manifest
-from app.errors import BadUpload, UnknownAdapter, UnknownPart, UnsupportedMediaType
-from app.routes.deps import Cursor, Limit, UsesServices, UsesToken, make_cursor, media_type, parse_cursor
+from app.convert import Format, convert, held
+from app.errors import BadUpload, InvalidField, UnknownAdapter, UnknownPart, UnsupportedMediaType
+from app.routes.deps import Cursor, Limit, UsesServices, UsesSlots, UsesToken, make_cursor, media_type, parse_cursor
 from app.routes.ranges import settle_range
-from app.schemas import AdapterList, AdapterView, ImportRequest, problems
+from app.schemas import AdapterList, AdapterView, Body, ImportRequest, UploadFields, problems
 from app.services import Services
 from app.views import adapter_view
 from storage.digest import Descriptor, Digest
@@ -27,9 +29,11 @@ from storage.manifest import MEDIA_TENSORS
 from storage.sources.hub import HubRef
 
 router = APIRouter(tags=["adapters"])
+T = TypeVar("T", bound=Body)
 
 _CHUNK_BYTES = 1024 * 1024
-_PARTS = ("adapter_config.json", "adapter_model.safetensors")
+_CONFIG, _WEIGHTS = _PARTS = ("adapter_config.json", "adapter_model.safetensors")
+_FIELDS = ("name", "base_model")
 _BODY = {
     "requestBody": {
         "required": True,
@@ -38,9 +42,9 @@ _BODY = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": list(_PARTS),
+                    "required": [_WEIGHTS],
                     "properties": {part: {"type": "string", "format": "binary"} for part in _PARTS}
-                    | {"name": {"type": "string"}},
+                    | {field: {"type": "string"} for field in _FIELDS},
                 }
             },
         },
@@ -64,10 +68,13 @@ FILES: dict[int | str, dict[str, Any]] = {
     responses=problems(401, 403, 415, 502, 507),
 )
 async def add_adapter(request: Request, response: Response, services: UsesServices, token: UsesToken) -> AdapterView:
-    """Import from the Hub (JSON), or upload `adapter_config.json` and `adapter_model.safetensors` (multipart)."""
+    """Import from the Hub (JSON), or upload (multipart): `adapter_model.safetensors`, and `adapter_config.json` if it has one.
+
+    A single file, as kohya's trainers and diffusers write, may come with `base_model`.
+    """
     kind = media_type(request)
     if kind == "application/json":
-        asked = _parse(await request.body())
+        asked = _parse(await request.body(), ImportRequest)
         record, name = await asyncio.to_thread(_import, services, asked, token), asked.name
     elif kind == "multipart/form-data":
         record, name = await _upload(request, services)
@@ -105,13 +112,27 @@ def download(
     adapter_id: str,
     part: str,
     services: UsesServices,
+    slots: UsesSlots,
     token: UsesToken,
+    to: Annotated[Format | None, Query(alias="format", description="as it came, if not given")] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """One file. The ETag is its sha256; ranges work; a private source is checked again with the caller's token."""
+    """One file. The ETag is its sha256; ranges work; a private source is checked again with the caller's token.
+
+    In another format it is made at the first request and stays the same from then on.
+    """
     record = _get(services, adapter_id)
     ingest.check_access(services, record, token=token)
-    return send_part(request, services, record, part, if_none_match)
+    return send_part(request, services, _in_format(services, slots, record, to), part, if_none_match)
+
+
+def _in_format(services: Services, slots: BoundedSemaphore, record: AdapterRecord, to: Format | None) -> AdapterRecord:
+    """What is in the store is answered at once; only work waits for its turn."""
+    known = record if to is None else held(services, record, to)
+    if known is not None or to is None:
+        return known or record
+    with slots:
+        return convert(services, record, to)
 
 
 def send_part(request: Request, services: Services, record: AdapterRecord, part: str, if_none_match: str | None) -> Response:
@@ -134,9 +155,9 @@ def send(
     return FileResponse(path, media_type=blob.media_type, headers=headers, filename=name)
 
 
-def _parse(body: bytes) -> ImportRequest:
+def _parse(body: bytes, model: type[T]) -> T:
     try:
-        return ImportRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from None
 
@@ -149,25 +170,30 @@ def _import(services: Services, asked: ImportRequest, token: str | None) -> Adap
 
 
 async def _upload(request: Request, services: Services) -> tuple[AdapterRecord, str | None]:
-    async with request.form(max_files=len(_PARTS), max_fields=1) as form:
+    async with request.form(max_files=len(_PARTS), max_fields=len(_FIELDS)) as form:
         _refuse_unknown(form)
-        files = [_file(form, part) for part in _PARTS]
-        name = _name(form)
-        record = await asyncio.to_thread(ingest.import_upload, services, *(_chunks(file.file) for file in files))
-        return record, name
+        weights = _file(form, _WEIGHTS)
+        config = _file(form, _CONFIG) if _CONFIG in form else None
+        asked = _said(form)
+        if config is not None and asked.base_model is not None:
+            raise InvalidField("base_model", f"{_CONFIG} names it")
+        files = (_chunks(config.file) if config else None, _chunks(weights.file))
+        record = await asyncio.to_thread(ingest.import_upload, services, *files, base_model=asked.base_model)
+        return record, asked.name
 
 
 def _refuse_unknown(form: FormData) -> None:
     for field in form:
-        if field not in {*_PARTS, "name"}:
-            raise BadUpload(f"the field {field[:100]!r} is unknown; there are {', '.join(_PARTS)} and name")
+        if field not in {*_PARTS, *_FIELDS}:
+            raise BadUpload(f"the field {field[:100]!r} is unknown; there are {', '.join((*_PARTS, *_FIELDS))}")
 
 
-def _name(form: FormData) -> str | None:
-    found = form.get("name")
-    if isinstance(found, UploadFile):
-        raise BadUpload("name is text, not a file")
-    return None if found is None else _parse(json.dumps({"source": "upload", "name": found}).encode()).name
+def _said(form: FormData) -> UploadFields:
+    found = {field: form[field] for field in _FIELDS if field in form}
+    for field, value in found.items():
+        if isinstance(value, UploadFile):
+            raise BadUpload(f"{field} is text, not a file")
+    return _parse(json.dumps(found).encode(), UploadFields)
 
 
 def _file(form: FormData, part: str) -> UploadFile:

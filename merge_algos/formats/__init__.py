@@ -12,7 +12,9 @@ from torch import Tensor
 from merge_algos.adapter import Adapter
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds, namings
+from merge_algos.formats.naming import Naming, Shapes
 from merge_algos.formats.spec import AdapterSpec, ModuleSpec, Shape, check_finite
+from merge_algos.formats.wrapped import ALPHA, unwrapped
 from merge_algos.lowrank import LowRankDelta
 
 
@@ -25,10 +27,15 @@ def describe(
     tensors or configured rank disagree, BadPattern for a hostile pattern, InvalidParams for a value of the wrong type.
     """
     sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    return naming_of(config, sizes).describe(config, sizes, metadata or {})
+
+
+def naming_of(config: Mapping[str, Any] | None, shapes: Shapes) -> Naming:
+    """The one naming that a file with these tensors has. Raises UnsupportedAdapter."""
     for naming in namings.registry().values():
-        if naming.recognises(config, sizes):
-            return naming.describe(config, sizes, metadata or {})
-    first = next(iter(sizes), "")
+        if naming.recognises(config, shapes):
+            return naming
+    first = next(iter(shapes), "")
     reason = f"no naming known here has a tensor {first[:200]!r}; there are {', '.join(namings.registry())}"
     raise UnsupportedAdapter("an adapter without adapter_config.json", reason, "upload it with its config, or convert it to PEFT")
 
@@ -39,6 +46,11 @@ def index_tensors(spec: AdapterSpec) -> frozenset[str]:
     return frozenset(name for m in spec.modules for role, name in m.tensors.items() if role in known[m.kind])
 
 
+def alpha_tensors(spec: AdapterSpec) -> frozenset[str]:
+    """Names of the tensors that are one number, by which a module is scaled."""
+    return frozenset(module.tensors[ALPHA] for module in spec.modules if ALPHA in module.tensors)
+
+
 def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
     """The module's delta, scaling folded in. module: with a shape.  tensors: by role, each cut to the module's slices.
 
@@ -46,7 +58,8 @@ def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
     """
     for role, tensor in tensors.items():
         check_finite(module.tensors[role], tensor)
-    return kinds.registry()[module.kind].load(module, tensors)
+    own = {role: tensor for role, tensor in tensors.items() if role != ALPHA}
+    return unwrapped(module, kinds.registry()[module.kind].load(module, own), tensors)
 
 
 def completed(module: ModuleSpec, shape: Shape) -> ModuleSpec:

@@ -1,11 +1,18 @@
 """What a naming is: how the tensor names of a file split into modules and roles, and where the base model is named."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, Layer, Shape
+from merge_algos.formats.written import Written
 
 Shapes = Mapping[str, tuple[int, ...]]
+OneA = Callable[[Sequence[str]], bool]
+
+
+def apart(modules: Sequence[str]) -> bool:
+    """What is known of factors that were not looked at."""
+    return False
 
 
 class Naming(Protocol):
@@ -21,5 +28,14 @@ class Naming(Protocol):
         """Raises UnsupportedAdapter naming the tensor or flag that no kind consumes, and what the kinds raise.
 
         shapes: of every tensor.  metadata: the file's own, whose values are text.
+        """
+        ...
+
+    def written(
+        self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], *, one_A: OneA = apart
+    ) -> tuple[Written, ...]:
+        """The tensors of a file of this naming, of scaling 1. Raises UnsupportedAdapter for a module without a place in it.
+
+        one_A: whether modules that the naming fuses have one and the same A, which is then written once.
         """
         ...

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from merge_algos.formats.components import without_component
 from merge_algos.formats.spec import Layer
 
 _PREFIX = "base_model.model."
@@ -16,16 +17,20 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One tensor of a PEFT file. factors: names of the plain factors it is made of.  shape: what it has in the file.
+    """One tensor of a file. factors: names of the plain factors it is made of.  shape: what it has in the file.
 
-    r: the rank to which its factors are padded with zeros: rows of A (half "A") or columns of B.
+    r: the rank to which its factors are padded with zeros: rows of A (half "A") or columns of B. rows: of a module that fuses
+    several, where each factor's rows go: (start, stop) ranges in order.  one_A: they share its columns. Half "alpha" is the
+    number r itself.
     """
 
     name: str
-    half: Literal["A", "B"]
+    half: Literal["A", "B", "alpha"]
     factors: tuple[str, ...]
     r: int
     shape: tuple[int, ...]
+    rows: tuple[tuple[tuple[int, int], ...], ...] = ()
+    one_A: bool = False
 
 
 def factor_names(module: str) -> tuple[str, str]:
@@ -39,10 +44,11 @@ def written(shapes: Mapping[str, tuple[int, int]], layers: Mapping[str, Layer], 
     owners: dict[str, list[str]] = {}
     for module, owner in wrapped.items():
         owners.setdefault(owner, []).append(module)
+    called = without_component(tuple(owners))
     return tuple(
         tensor
         for owner, modules in owners.items()
-        for tensor in _tensors(owner, modules, shapes[modules[0]], layers[modules[0]], max(ranks[m] for m in modules))
+        for tensor in _tensors(called[owner], modules, shapes[modules[0]], layers[modules[0]], max(ranks[m] for m in modules))
     )
 
 
@@ -53,9 +59,24 @@ def owner_of(module: str, layer: Layer) -> str:
 
 def joined(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
     """The tensor as it stands in the file. factors: in the order of `tensor.factors`, of any rank up to r."""
+    if tensor.half == "alpha":
+        return torch.tensor(float(tensor.r))
+    if tensor.rows:
+        return _fused(tensor, factors)
     if tensor.half == "A":
         return torch.cat([pad(factor, (0, 0, 0, tensor.r - factor.shape[0])) for factor in factors]).reshape(tensor.shape)
     return torch.stack([pad(factor, (0, tensor.r - factor.shape[1])) for factor in factors], 2).reshape(tensor.shape)
+
+
+def _fused(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
+    """Factors B, each in rows of its own and, unless they have one A, in columns of its own."""
+    B = factors[0].new_zeros(tensor.shape[0], tensor.shape[1])
+    for n, (factor, ranges) in enumerate(zip(factors, tensor.rows, strict=True)):
+        first = 0 if tensor.one_A else n * tensor.r
+        parts = torch.split(factor, [stop - start for start, stop in ranges])
+        for (start, stop), part in zip(ranges, parts, strict=True):
+            B[start:stop, first : first + factor.shape[1]] = part
+    return B.reshape(tensor.shape)
 
 
 def config_for(
@@ -72,7 +93,11 @@ def config_for(
     One rank everywhere gives empty patterns, which is what every server reads; different ranks need both patterns. layers: of
     modules that are not linear; bare parameters are targets of their own, and have one rank per module.
     """
-    targets = _targets(ranks, layers or {})
+    called = without_component(tuple(ranks))
+    targets = _targets(
+        {called[module]: r for module, r in ranks.items()},
+        {called[module]: layer for module, layer in (layers or {}).items() if module in called},
+    )
     named = {name: r for own in targets for name, r in own.items()}
     r = max(ranks.values())
     other = {_only(name, named): rank for name, rank in named.items() if rank != r}

@@ -84,7 +84,8 @@ class Hub:
     def resolve(self, ref: HubRef, *, token: str | None = None) -> HubSnapshot:
         """The adapter that `ref` names now, pinned to its commit, which this caller may read.
 
-        Raises RepoNotFound, RevisionNotFound, GatedRepo, TokenRefused, PickleOnly, NotAnAdapter, HubUnavailable.
+        Raises RepoNotFound, RevisionNotFound, GatedRepo, TokenRefused, PickleOnly, NotAnAdapter,
+        SeveralAdapters, HubUnavailable.
         """
         with self._call(ref, token) as call:
             snapshot = read_snapshot(ref, _info(call))

@@ -4,7 +4,7 @@ All of it comes from strangers, a caller and a server, so it is checked here and
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -13,11 +13,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import BaseModel, Field, ValidationError
 
 from storage.digest import Digest
-from storage.errors import BadSource, HubUnavailable, NotAnAdapter, PickleOnly
+from storage.errors import BadSource, HubUnavailable, NotAnAdapter, PickleOnly, SeveralAdapters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
+SINGLE_FILE = ".safetensors"  # how the name of an adapter without a config ends
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_lora_weights.bin")
 
 _DATASETS = "datasets/"  # no account of the Hub may be called so
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,13 +26,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 _PATH_MAX_CHARS = 255
 _LICENCE_MAX_CHARS = 200
+_OF_MODELS = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True, slots=True)
 class HubRef:
     """A folder of a repository at a revision: a branch, a tag, `refs/pr/1` or a commit. `subfolder` is "" at the root.
 
-    kind: as in the Hub's own addresses.
+    kind: as in the Hub's own addresses.  Of a model, the folder may instead be the path of one `.safetensors` file.
 
     Raises BadSource for anything that is not plainly such a name.
     """
@@ -68,8 +70,14 @@ class HubRef:
     def is_commit(self) -> bool:
         return _COMMIT.fullmatch(self.revision) is not None
 
+    @property
+    def is_file(self) -> bool:
+        return self.kind == "models" and self.subfolder.endswith(SINGLE_FILE)
+
     def file(self, name: str) -> str:
-        """Path in the repository of a file of this folder."""
+        """Path in the repository of a file of this folder; of the file itself, if this is one."""
+        if self.is_file:
+            return self.subfolder
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def __str__(self) -> str:
@@ -98,13 +106,17 @@ class HubListing:
 
 @dataclass(frozen=True, slots=True)
 class HubSnapshot:
-    """An adapter at one commit. `ref.revision`: 40 hexadecimal digits. `restricted`: gated or private."""
+    """An adapter at one commit. `ref.revision`: 40 hexadecimal digits. `restricted`: gated or private.
+
+    config: None of a single file.  base_model: as the card names it.
+    """
 
     ref: HubRef
     restricted: bool
     licence: str | None
-    config: HubFile
+    config: HubFile | None
     weights: HubFile
+    base_model: str | None = None
 
 
 class _Lfs(BaseModel):
@@ -132,7 +144,7 @@ class _Info(BaseModel):
 def read_snapshot(ref: HubRef, text: bytes) -> HubSnapshot:
     """The adapter at `ref` in the answer of `/api/models/…?blobs=true`, which holds a commit and the files at that commit.
 
-    Raises PickleOnly, NotAnAdapter; HubUnavailable if the answer is malformed or about another commit.
+    Raises PickleOnly, NotAnAdapter, SeveralAdapters; HubUnavailable if the answer is malformed or about another commit.
     """
     return _snapshot(ref, _parse(ref, text))
 
@@ -161,20 +173,45 @@ def _is_restricted(info: _Info) -> bool:
 
 def _snapshot(ref: HubRef, info: _Info) -> HubSnapshot:
     files = {sibling.rfilename: sibling for sibling in info.siblings}
+    weights, config = _adapter(ref, tuple(files))
+    card = info.card or {}
+    return HubSnapshot(
+        ref=replace(ref, revision=info.sha),
+        restricted=_is_restricted(info),
+        licence=_licence(card),
+        config=_announced(ref, files[config]) if config else None,
+        weights=_announced(ref, files[weights]),
+        base_model=_base_model(card),
+    )
+
+
+def _adapter(ref: HubRef, files: Sequence[str]) -> tuple[str, str | None]:
+    """Paths of the weights and of the config, if there is one."""
     weights, config = ref.file(WEIGHTS), ref.file(CONFIG)
+    if ref.is_file:
+        if weights not in files:
+            raise NotAnAdapter(ref.repo, weights)
+        return weights, None
+    single = _single_files(ref, files)
+    if single and config not in files and weights not in files:
+        if len(single) > 1:
+            raise SeveralAdapters(ref.repo, tuple(single))
+        return single[0], None
     pickles = [ref.file(name) for name in PICKLES if ref.file(name) in files]
     if weights not in files and pickles:
         raise PickleOnly(ref.repo, pickles[0])
     for path in (config, weights):
         if path not in files:
             raise NotAnAdapter(ref.repo, path)
-    return HubSnapshot(
-        ref=replace(ref, revision=info.sha),
-        restricted=_is_restricted(info),
-        licence=_licence(info.card or {}),
-        config=_announced(ref, files[config]),
-        weights=_announced(ref, files[weights]),
-    )
+    return weights, config
+
+
+def _single_files(ref: HubRef, files: Sequence[str]) -> list[str]:
+    """Adapters without a config, as image trainers share them: what lies in the folder itself, unless that holds a model."""
+    if any(ref.file(name) in files for name in _OF_MODELS):
+        return []
+    folder = ref.file("")
+    return [path for path in files if path.startswith(folder) and "/" not in path[len(folder) :] and path.endswith(SINGLE_FILE)]
 
 
 def _announced(ref: HubRef, sibling: _Sibling) -> HubFile:
@@ -191,6 +228,13 @@ def _licence(card: Mapping[str, Any]) -> str | None:
     licence = card.get("license_name") if card.get("license") == "other" else None
     licence = licence or card.get("license")
     return licence[:_LICENCE_MAX_CHARS] if isinstance(licence, str) and licence else None
+
+
+def _base_model(card: Mapping[str, Any]) -> str | None:
+    """The card's `base_model`, where it names one."""
+    named = card.get("base_model")
+    only = named[0] if isinstance(named, list) and len(named) == 1 else named
+    return only[:_PATH_MAX_CHARS] if isinstance(only, str) and only else None
 
 
 def _is_plain_path(text: str) -> bool:

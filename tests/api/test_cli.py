@@ -25,6 +25,7 @@ COMMANDS = [
     "merge",
     "reconstruct",
     "import",
+    "convert",
     "demo",
     "rmm show",
     "data add",

@@ -22,6 +22,7 @@ BASIS = BasisManifest(
     inputs=(Digest.of(b"2"), Digest.of(b"1"), Digest.of(b"2")),
 )
 ADAPTER = AdapterManifest("org/base", descriptor("config"), descriptor("weights"), Source("upload"))
+SINGLE = AdapterManifest("org/base", None, descriptor("weights"), Source("upload"))
 
 
 def test_a_basis_comes_back_as_it_was_with_its_tasks_in_order() -> None:
@@ -45,7 +46,16 @@ def test_whatever_differs_makes_another_identity(change: dict[str, object]) -> N
     assert dataclasses.replace(BASIS, **change).to_bytes() != BASIS.to_bytes()
 
 
-@pytest.mark.parametrize("manifest", [BASIS, ADAPTER], ids=["basis", "adapter"])
+@pytest.mark.parametrize("manifest", [ADAPTER, SINGLE], ids=["peft", "single"])
+def test_an_adapter_comes_back_as_it_was(manifest: AdapterManifest) -> None:
+    assert AdapterManifest.from_bytes(manifest.to_bytes()) == manifest
+
+
+def test_the_identity_of_an_adapter_with_a_config_is_what_it_always_was() -> None:
+    assert Digest.of(ADAPTER.to_bytes()).hex.startswith("e8b56fe39f7ef5c3")
+
+
+@pytest.mark.parametrize("manifest", [BASIS, ADAPTER, SINGLE], ids=["basis", "adapter", "single"])
 def test_the_parts_of_either_kind_can_be_listed_without_knowing_which(manifest: BasisManifest | AdapterManifest) -> None:
     assert named_parts(manifest.to_bytes()) == manifest.parts
     assert set(parts_of(manifest.to_bytes())) == set(manifest.parts.values())

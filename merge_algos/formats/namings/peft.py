@@ -1,14 +1,17 @@
 """PEFT's directory: `base_model.model.<module>.<role>` beside an `adapter_config.json` that names the kind."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats import fields, kinds
+from merge_algos.formats.components import component_alone
 from merge_algos.formats.kind import Kind, Parts, Settings
-from merge_algos.formats.naming import Naming, Shapes
+from merge_algos.formats.naming import Naming, OneA, Shapes, apart
 from merge_algos.formats.refused import REFUSED, UNKNOWN
-from merge_algos.formats.spec import AdapterSpec, ModuleSpec
+from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
+from merge_algos.formats.written import Written, written
 
 _PREFIX = "base_model.model."
 _MAX_MODULES = 100_000
@@ -39,7 +42,7 @@ class Peft(Naming):
     def describe(self, config: Mapping[str, Any] | None, shapes: Shapes, metadata: Mapping[str, str]) -> AdapterSpec:
         assert config is not None
         kind = _kind(config)
-        _refuse_flags(config, kind)
+        refuse_flags(config, kind)
         parts = _split(shapes, kind)
         settings = kind.settings(config, tuple(parts))
         return AdapterSpec(
@@ -47,8 +50,13 @@ class Peft(Naming):
             revision=fields.text(config, "revision"),
             task_type=fields.text(config, "task_type"),
             fan_in_fan_out=fields.flag(config, "fan_in_fan_out"),
-            modules=_modules(kind, parts, settings),
+            modules=_in_component(_modules(kind, parts, settings)),
         )
+
+    def written(
+        self, shapes: Mapping[str, Shape], layers: Mapping[str, Layer], ranks: Mapping[str, int], *, one_A: OneA = apart
+    ) -> tuple[Written, ...]:
+        return written(shapes, layers, ranks)
 
 
 def _modules(kind: Kind, parts: Mapping[str, Parts], settings: Mapping[str, Settings]) -> tuple[ModuleSpec, ...]:
@@ -61,6 +69,12 @@ def _modules(kind: Kind, parts: Mapping[str, Parts], settings: Mapping[str, Sett
     return tuple(modules)
 
 
+def _in_component(modules: tuple[ModuleSpec, ...]) -> tuple[ModuleSpec, ...]:
+    """A UNet or transformer of an image model, which PEFT wraps alone, is the component of a pipeline to other namings."""
+    component = component_alone(module.name for module in modules)
+    return tuple(replace(module, name=f"{component}.{module.name}") for module in modules) if component else modules
+
+
 def _kind(config: Mapping[str, Any]) -> Kind:
     kind = kinds.of_peft_type(config.get("peft_type"))
     if kind is None:
@@ -69,7 +83,8 @@ def _kind(config: Mapping[str, Any]) -> Kind:
     return kind
 
 
-def _refuse_flags(config: Mapping[str, Any], kind: Kind) -> None:
+def refuse_flags(config: Mapping[str, Any], kind: Kind) -> None:
+    """Raises UnsupportedAdapter for a flag that is set and that neither every kind nor this one knows."""
     reasons = {**_REASONS, **kind.reasons}
     for flag, value in config.items():
         if flag not in _HARMLESS | kind.flags and value not in _NOT_SET:
