@@ -150,6 +150,15 @@ def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
     return torch.frombuffer(copied, dtype=torch.uint8)
 
 
+def read_rows(tensors: TensorFile, name: str, start: int, stop: int, d_in: int) -> Tensor:
+    """A copy of some rows of a tensor read as a matrix of d_in columns; the pages it mapped are given back."""
+    dtype = TORCH_DTYPES[tensors.header.tensors[name].dtype]
+    row_bytes = d_in * dtype.itemsize
+    copied = bytearray(tensors.view(name)[start * row_bytes : stop * row_bytes])
+    tensors.release(name)
+    return torch.frombuffer(copied, dtype=dtype).reshape(stop - start, d_in)
+
+
 def padded(name: str, factor: Tensor, r: int) -> Tensor:
     """A factor by its PEFT name, with rows (A) or columns (B) of zeros up to rank r."""
     extra = (0, 0, 0, r - factor.shape[0]) if peft.is_lora_A(name) else (0, r - factor.shape[1])

@@ -77,7 +77,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Extract(Method):
-    """Truncated SVD of the difference of every linear layer; at a mean rank spread by heavy tails (arXiv:2410.10054), or at one.
+    """Randomised SVD (arXiv:0909.4061) of the difference of every linear layer, at ranks by a rule or by heavy tails.
 
     include, exclude: patterns of modules to add (a head, which is left out else) and to leave out.
     leftover: whether a change that no plain LoRA can hold is reported or refused.
@@ -87,7 +87,7 @@ class Extract(Method):
     """
 
     name = "extract"
-    paper = "arXiv:2410.10054"
+    paper = "arXiv:0909.4061"
     memory = "dense"
     needs = "base"
 
@@ -176,6 +176,7 @@ def extract(
     *,
     rank: int | RankRule | None = None,
     heavy_tail: int | None = None,
+    heavy_tail_max: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     vocabulary: Sequence[int] = (),
@@ -184,11 +185,11 @@ def extract(
     exclude: Sequence[str] = (),
     leftover: Literal["report", "refuse"] = "report",
 ) -> Extracted:
-    """The same in memory, of two state dicts. rank: of every module, or a rule; heavy_tail: or a mean rank.
+    """The same in memory, of two state dicts. rank: of every module, or a rule; heavy_tail: or a mean rank, as in `Extract`.
 
     vocabulary: sizes of it, see `reasons_against`.  Raises what `pair_up`, `reasons_against` and `Extract` raise.
     """
-    method = Extract(tuple(include), tuple(exclude), leftover, heavy_tail)
+    method = Extract(tuple(include), tuple(exclude), leftover, heavy_tail, heavy_tail_max)
     rule = rank if isinstance(rank, RankRule) else RankRule(max=rank)
     check_extraction(method, rule)
     shapes = pair_up(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (base, tuned)))

@@ -23,15 +23,15 @@ def canonical_json(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an adapter came from. reference: `hub:org/name@commit`, a recipe's digest (merge, basis), or empty for an upload."""
+    """Where an adapter came from. reference: `hub:org/name@commit`, its recipe's digest where it was made here, else empty."""
 
-    kind: Literal["hub", "upload", "merge", "basis"]
+    kind: Literal["hub", "upload", "merge", "basis", "extract"]
     reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """The parts of one adapter and its provenance. `inputs`: manifests it was merged from, in the recipe's order.
+    """The parts of one adapter and its provenance. `inputs`: manifests it was made from, in the recipe's order.
 
     licence: as the card at the pinned commit names it, so that a merge can pass it on.
     """

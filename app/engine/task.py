@@ -1,15 +1,13 @@
 """One piece of a merge: what a child process does between two checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial, reduce
 from typing import Any, cast
 
-import torch
-
 from app import adapters, base_models, ingest
 from app.card import model_card
-from app.engine import basis, learning
+from app.engine import basis, extraction, learning
+from app.engine.assembly import put_weights, shipped_dtype, shipped_ranks
 from app.engine.bench import Workbench
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
 from app.recipe import Recipe
@@ -17,26 +15,22 @@ from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.formats import peft
-from merge_algos.merge import ModuleReport, ModuleResult, build_post, merge_module, survey_module
+from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
-from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
 from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, AdapterManifest, Source, canonical_json
 from storage.sources.hub import HubRef
-from storage.tensor_writer import TensorSpec
-from storage.tensors import TensorFile, open_tensors
-
-_RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
     """Raises the errors of the libraries as they are; who called turns them into a problem."""
+    extracts = not isinstance(task, FetchTask) and Recipe.from_json(task.recipe).models is not None
     bodies: Mapping[type[Task], Callable[..., Descriptor]] = {
         FetchTask: _fetch,
         LearnTask: learning.advance,
-        SurveyTask: _survey,
-        ShardTask: _merge_shard,
-        AssembleTask: _assemble,
+        SurveyTask: extraction.survey if extracts else _survey,
+        ShardTask: extraction.extract_shard if extracts else _merge_shard,
+        AssembleTask: extraction.assemble if extracts else _assemble,
         EncodeTask: basis.encode_shard,
         JoinTask: basis.join,
     }
@@ -84,7 +78,7 @@ def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
 
 def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
     dtypes = (dtype for digest in task.inputs for dtype in bench.open_adapter(digest).dtypes)
-    dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(dtypes)
+    dtype = shipped_dtype(recipe, dtypes)
     method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
     deltas = bench.deltas(task.inputs, name, task.modules[name])
@@ -96,13 +90,13 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in task.inputs]
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
     reports = tuple(report for shard in shards for report in shard.reports)
-    ranks = _shipped_ranks(recipe, reports)
+    ranks = shipped_ranks(recipe, reports)
     learned = adapters.read_json(blobs, task.learned) if task.learned else None
     report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
     manifest = AdapterManifest(
         base_model=task.base_model,
         config=blobs.put([canonical_json(_config(task, bench, ranks))], media_type=MEDIA_JSON),
-        weights=_put_weights(blobs, shards, ranks),
+        weights=put_weights(blobs, shards, ranks),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=task.inputs,
@@ -122,12 +116,6 @@ def _coefficients(recipe: Recipe, inputs: Sequence[Digest], learned: Mapping[str
     return {"schema": 1, "granularity": granularity, "adapters": names, "table": learned["table"]}
 
 
-def _shipped_ranks(recipe: Recipe, reports: Sequence[ModuleReport]) -> dict[str, int]:
-    """Module -> rank in the file. PEFT knows no rank 0, so a module that cancelled out is shipped as one pair of zeros."""
-    own = {report.module: max(report.rank_out, 1) for report in reports}
-    return own if recipe.profile == "compact" else dict.fromkeys(own, max(own.values()))
-
-
 def _config(task: AssembleTask, bench: Workbench, ranks: Mapping[str, int]) -> dict[str, Any]:
     specs = [bench.open_adapter(digest).spec for digest in task.inputs]
     return peft.config_for(
@@ -137,19 +125,3 @@ def _config(task: AssembleTask, bench: Workbench, ranks: Mapping[str, int]) -> d
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
         ranks=ranks,
     )
-
-
-def _put_weights(blobs: BlobStore, shards: Sequence[adapters.Shard], ranks: Mapping[str, int]) -> Descriptor:
-    """Stream the factors of all shards into one file, each padded with zeros to its rank."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
-        where = {name: file for file in files for name in file.header.tensors}
-        padded = {name: r for module, r in ranks.items() for name in peft.factor_names(module)}
-        specs = [_padded_spec(where[name], name, r) for name, r in padded.items()]
-        tensor = lambda name: adapters.padded(name, adapters.read_tensor(where[name], name), padded[name])  # noqa: E731
-        return adapters.put_tensors(blobs, specs, tensor)
-
-
-def _padded_spec(file: TensorFile, name: str, r: int) -> TensorSpec:
-    info = file.header.tensors[name]
-    return TensorSpec(name, info.dtype, (r, info.shape[1]) if peft.is_lora_A(name) else (info.shape[0], r))
