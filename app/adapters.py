@@ -201,6 +201,15 @@ def put_adapter(
     return put_tensors(blobs, specs, lambda name: joined(tensors[name], [factor(part) for part in tensors[name].factors]))
 
 
+def read_rows(tensors: TensorFile, name: str, start: int, stop: int, d_in: int) -> Tensor:
+    """A copy of some rows of a tensor read as a matrix of d_in columns; the pages it mapped are given back."""
+    dtype = TORCH_DTYPES[tensors.header.tensors[name].dtype]
+    row_bytes = d_in * dtype.itemsize
+    copied = bytearray(tensors.view(name)[start * row_bytes : stop * row_bytes])
+    tensors.release(name)
+    return torch.frombuffer(copied, dtype=dtype).reshape(stop - start, d_in)
+
+
 def _describe(blobs: BlobStore, config: Descriptor | None, tensors: TensorFile) -> AdapterSpec:
     infos = tensors.header.tensors
     shapes = {name: info.shape for name, info in infos.items()}

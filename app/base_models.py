@@ -43,17 +43,21 @@ def pin(services: Services, source: str, *, token: str | None, field: str = "bas
 
 def obtain(services: Services, pinned: str) -> Digest:
     """The manifest of a pinned base model, fetched with the operator's token if it is not here. Raises as `pin`."""
+    known = held(services, pinned)
+    if known is not None:
+        return known
     if not pinned.startswith("hub:"):
-        digest = Digest.parse(pinned)
-        if not ingest.complete(services, digest):
-            raise UnknownBaseModel(pinned)
-        return digest
-    ref = _model_ref(pinned)
-    held = _held(services, ref)
-    if held is not None:
-        return held
-    listing, chosen = _choose(services, ref, token=None)
+        raise UnknownBaseModel(pinned)
+    listing, chosen = _choose(services, _model_ref(pinned), token=None)
     return _import_hub(services, listing, chosen, token=None)
+
+
+def held(services: Services, pinned: str) -> Digest | None:
+    """The manifest of a pinned base model, if all of it is in the store."""
+    if pinned.startswith("hub:"):
+        return _held(services, _model_ref(pinned))
+    digest = Digest.parse(pinned)
+    return digest if ingest.complete(services, digest) else None
 
 
 def folder(services: Services, base: Digest) -> Path:
@@ -69,11 +73,7 @@ def read(services: Services, base: Digest) -> BaseManifest:
 
 def restrictions(services: Services, base: Digest) -> tuple[str, ...]:
     """What a result learned on this base is restricted by. One that was forgotten counts as private if it is from the Hub."""
-    record = services.library.base(base)
-    if record is not None:
-        return record.restricted
-    manifest = read(services, base)
-    return (_guard(manifest.source, next(iter(_weights(manifest.files)))),) if manifest.source.startswith("hub:") else ()
+    return ingest.restrictions(services, [base])
 
 
 def _pin_hub(services: Services, ref: HubRef, token: str | None) -> str:
@@ -96,9 +96,9 @@ def _choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubL
 
 
 def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, str], *, token: str | None) -> Digest:
-    held = _held(services, listing.ref)
-    if held is not None:
-        return held
+    known = _held(services, listing.ref)
+    if known is not None:
+        return known
     limit_bytes = services.settings.max_base_bytes
     if sum(listing.names[theirs].size_bytes for theirs in chosen.values()) > limit_bytes:
         raise BlobTooLarge(limit_bytes)
@@ -107,7 +107,7 @@ def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, st
         for ours, theirs in chosen.items()
     }
     source = str(listing.ref)
-    restricted = (_guard(source, chosen[_first_weights(chosen)]),) if listing.restricted else ()
+    restricted = (ingest.guard(source, chosen[_first_weights(chosen)]),) if listing.restricted else ()
     return _record(services, files, source, restricted)
 
 
@@ -206,20 +206,11 @@ def _json_object(blobs: BlobStore, name: str, part: Descriptor, source: str) -> 
 
 
 def _weights(files: Mapping[str, Descriptor]) -> dict[str, Descriptor]:
-    return {name: part for name, part in files.items() if _is_weights(name)}
+    return {name: part for name, part in files.items() if base_files.is_weights(name)}
 
 
 def _first_weights(names: Iterable[str]) -> str:
-    return next(name for name in names if _is_weights(name))
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".gguf"))
-
-
-def _guard(source: str, file: str) -> str:
-    """What `ingest.check_access` asks the Hub for: a source, and a file there that only those may read who may read it all."""
-    return f"{source}#{file}"
+    return next(name for name in names if base_files.is_weights(name))
 
 
 def _model_ref(source: str) -> HubRef:

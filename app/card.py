@@ -37,6 +37,41 @@ Lost by rounding to the stored type: {report["rounding_error"]:.2g}.
 """
 
 
+def extraction_card(report: Mapping[str, Any], base_model: str) -> str:
+    """The card of an adapter that was extracted from a fine-tuned model. report: its certificate."""
+    totals = report["totals"]
+    base, tuned = report["inputs"]
+    fields = {
+        "base_model": base_model,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "tags": ["lora", "braid", "extraction"],
+    }
+    rows = "\n".join(f"| {_cell(e['tensor'])} | {e['reason']} | {e['norm']:.4g} |" for e in report["left_out"])
+    beside = f"\nChanged, but in no module of this adapter:\n\n| tensor | why | norm |\n|---|---|---|\n{rows}\n" if rows else ""
+    return f"""---
+{yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)}---
+
+# LoRA adapter extracted from a fine-tuned model
+
+For `{base_model}`: the difference of two models, {totals["modules"]} linear layers cut to rank {totals["rank"]} at most.
+
+| model | source | id |
+|---|---|---|
+| base | {_cell(base["source"])} | `{base["id"]}` |
+| tuned | {_cell(tuned["source"])} | `{tuned["id"]}` |
+
+Lost of the whole difference: {totals["relative_error"]:.4g} of its norm. Lost by rounding to the stored type: \
+{totals["rounding_error"]:.2g}. `report.json` holds every module.
+{beside}
+## Recipe `{report["recipe_digest"]}`
+
+```json
+{json.dumps(report["recipe"], indent=2, sort_keys=True, ensure_ascii=False)}
+```
+"""
+
+
 def _metadata(report: Mapping[str, Any], base_model: str) -> str:
     licences = sorted({item["licence"] for item in report["inputs"] if item["licence"]})
     fields: dict[str, Any] = {

@@ -123,6 +123,49 @@ def merge(
 
 
 @app.command()
+def extract(
+    base: Annotated[str, typer.Option("--base", help="hub:org/name@rev, dir:NAME, sha256:…, or a directory.")],
+    tuned: Annotated[str, typer.Option("--tuned", help="The same after full fine-tuning.")],
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Of every module.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Or: fraction of each module's squared norm.")] = None,
+    heavy_tail: Annotated[int | None, typer.Option("--heavy-tail", help="Or: mean rank, spread by heavy tails.")] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Of any module, with --energy or --heavy-tail.")] = None,
+    include: Annotated[list[str] | None, typer.Option("--include", help="Pattern of heads to extract too: lm_head.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Pattern of modules to leave out.")] = None,
+    leftover: Annotated[str | None, typer.Option(help="report or refuse changes that a plain LoRA cannot hold.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
+    profile: Annotated[str | None, typer.Option(help="portable or compact.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sketches.")] = None,
+    base_model_name: Annotated[str | None, typer.Option(help="What the adapter calls its base model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Also keep the result as name:<ns>/<name>.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the adapter.")] = Path("extracted"),
+    url: Url = None,
+    data_dir: DataDir = None,
+    hub_token: HubToken = None,
+) -> None:
+    """Get a LoRA out of a full fine-tune, here or on a server.
+
+    Examples:
+
+    `braid extract --base ./llama --tuned ./llama-math --rank 32 -o math`
+
+    `braid extract --base hub:org/base@main --tuned hub:org/tuned@main --energy 0.9 --max-rank 128 --profile compact`
+    """
+    from app import commands, extract_commands
+
+    with _problems_told():
+        flags = {"base": base, "tuned": tuned, "include": include, "exclude": exclude, "leftover": leftover, "dtype": dtype}
+        more = {"profile": profile, "seed": seed, "base_model_name": base_model_name, "name": name}
+        request = extract_commands.build_request(rank, energy, heavy_tail, max_rank, **flags, **more)
+        if url is None:
+            settings = _settings(data_dir=data_dir)
+            extracted = extract_commands.extract_here(settings, request, output, out, token=hub_token)
+        else:
+            extracted = extract_commands.extract_there(url, request, output, out, token=hub_token)
+        commands.show(extracted, output, out)
+
+
+@app.command()
 def reconstruct(
     basis: Annotated[str, typer.Argument(help="sha256:… of a basis, or name:ns/name where it has one.")],
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="One task, or several as task=weight for a mix.")],

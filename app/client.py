@@ -69,6 +69,9 @@ class Client:
     def merge(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self._json("POST", "/merge", json=dict(request))
 
+    def extract(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return self._json("POST", "/extract", json=dict(request))
+
     def reconstruct(self, basis: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         return self._json("POST", f"/rmm/{basis}/reconstruct", json=dict(asked))
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from app import data_commands, ingest
 from app.adapters import describe_shard
 from app.client import Client, Refused
-from app.console import basis_table, certificate_table, how_to_load, progress_bar, training_table
+from app.console import basis_table, certificate_table, how_to_load, left_out_table, progress_bar, training_table
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
@@ -24,6 +24,7 @@ from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField, UnknownAdapter
 from app.learning import local
+from app.recipe import Recipe
 from app.report import read_report
 from app.resolve import pin, resolve
 from app.schemas import TASK_NAME, MergeRequest
@@ -92,10 +93,16 @@ def merge_here(settings: Settings, request: Mapping[str, Any], output: Path, con
     recipe = resolve(parse_request({**request, "adapters": stored, "tasks": tasks}), services, token=token)
     if recipe_name := request.get("name"):
         services.index.request_name(recipe_name, recipe.digest)
+    return run_here(services, recipe, output, console)
+
+
+def run_here(services: Services, recipe: Recipe, output: Path, console: Console) -> Merged:
+    """The result of a recipe, made in this process unless it exists, and saved."""
     known = services.index.result(recipe.digest)
     if known is not None and ingest.complete(services, known.target):
         artefact = known.target
     else:
+        settings = services.settings
         executor = DirectExecutor(workbench(services, available(settings.devices)[0], threads_for(settings, 1)))
         with progress_bar(console) as report:
             artefact = run_all(Run(services, recipe, executor, report, stop=lambda: False))
@@ -141,6 +148,8 @@ def show(merged: Merged, output: Path, console: Console) -> None:
         console.print(command, markup=False, highlight=False, soft_wrap=True)
         return
     console.print(certificate_table(merged.report))
+    if merged.report.get("left_out"):
+        console.print(left_out_table(merged.report["left_out"]))
     if "training" in merged.report:
         console.print(training_table(merged.report["training"]))
     tell_how_to_load(output, console)
@@ -149,7 +158,8 @@ def show(merged: Merged, output: Path, console: Console) -> None:
 def tell_how_to_load(output: Path, console: Console) -> None:
     config = json.loads((output / "adapter_config.json").read_text())
     console.print(f"\nSaved in [bold]{output}[/bold]. Load it with:\n")
-    console.print(how_to_load(output, config["base_model_name_or_path"]), markup=False, highlight=False, soft_wrap=True)
+    shown = how_to_load(output, config["base_model_name_or_path"], config["task_type"])
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def import_here(settings: Settings, source: str, name: str | None, base_model: str | None, *, token: str | None) -> str:

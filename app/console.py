@@ -16,10 +16,10 @@ _SPARKS = 60
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _STAGES = {
     "queued": "waiting for a worker",
-    "fetch": "fetching adapters",
+    "fetch": "fetching inputs",
     "learn": "learning coefficients",
     "survey": "surveying modules",
-    "merge": "merging modules",
+    "merge": "computing modules",
     "assemble": "writing the result",
 }
 
@@ -44,7 +44,7 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
     shown = modules if len(modules) <= _MOST_ROWS else sorted(modules, key=lambda m: -m["relative_error"])[:_MOST_ROWS]
     left_out = len(modules) - len(shown)
     table = Table(
-        title="Certificate: what the merge lost",
+        title="Certificate: what was lost",
         caption="kept: of the energy; error: relative, from cutting the rank; rounding: relative, from the stored type"
         + (f"; {left_out} better modules not shown" if left_out else ""),
     )
@@ -55,7 +55,24 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
         table.add_row(module["module"], f"{module['rank_in']} → {module['rank_out']}", *_losses(module))
     totals = report["totals"]
     table.add_section()
-    table.add_row(f"all {totals['modules']} modules", str(totals["rank"]), *_losses(totals), style="bold")
+    whole = f" and {totals['left_out']} tensors left out" if totals.get("left_out") else ""
+    table.add_row(f"all {totals['modules']} modules{whole}", str(totals["rank"]), *_losses(totals), style="bold")
+    return table
+
+
+def left_out_table(left_out: Sequence[Mapping[str, Any]]) -> Table:
+    """What has changed between two models and is in no module of the adapter, most of it first."""
+    table = Table(title="Changed, but in no module of the adapter: counted as lost")
+    table.add_column("tensor", overflow="fold", min_width=24)
+    table.add_column("why", no_wrap=True)
+    for heading in ("norm", "of the base's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in sorted(left_out, key=lambda own: -own["norm"])[:_MOST_ROWS]:
+        relative = each["relative_norm"]
+        shown = "" if relative is None else f"{relative:.2e}"
+        table.add_row(escape(each["tensor"]), each["reason"], f"{each['norm']:.4g}", shown)
+    more = len(left_out) - table.row_count
+    table.caption = f"{more} with less not shown" if more > 0 else None
     return table
 
 
@@ -126,11 +143,12 @@ def _error(error: float) -> str:
     return "none" if error == 0.0 else f"{error:.2%}"
 
 
-def how_to_load(directory: Path, base_model: str) -> str:
+def how_to_load(directory: Path, base_model: str, task_type: str | None) -> str:
+    loader = "AutoModelForCausalLM" if task_type == "CAUSAL_LM" else "AutoModel"
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModel\n\n"
-        f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base_model}"), "{directory}")'
+        f"from transformers import {loader}\n\n"
+        f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base_model}"), "{directory}")'
     )
 
 

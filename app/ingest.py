@@ -10,6 +10,7 @@ from app.adapters import check
 from app.bases import read_basis
 from app.services import Services
 from merge_algos.formats.spec import AdapterSpec
+from storage.base_files import is_weights
 from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord, now
 from storage.manifest import MEDIA_JSON, MEDIA_MANIFEST, MEDIA_TENSORS, AdapterManifest, BasisManifest, Source, parts_of
@@ -140,8 +141,13 @@ def describe_basis(
     )
 
 
+def guard(source: str, file: str) -> str:
+    """What `check_access` asks the Hub for: a source, and a file there that only those may read who may read it all."""
+    return f"{source}#{file}"
+
+
 def restrictions(services: Services, inputs: Iterable[Digest]) -> tuple[str, ...]:
-    """All that any of these adapters and bases is restricted by. Raises BlobNotFound where nobody knows any more.
+    """All that any of these adapters, bases and base models is restricted by. Raises BlobNotFound where nobody knows any more.
 
     One that was forgotten while a job uses it counts as private wherever it came from the Hub: its record, which knew better,
     is gone, and its manifest names the source.
@@ -150,13 +156,17 @@ def restrictions(services: Services, inputs: Iterable[Digest]) -> tuple[str, ...
 
 
 def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
-    record = services.index.get(parent) or services.index.get_basis(parent)
+    record = services.index.get(parent) or services.index.get_basis(parent) or services.library.base(parent)
     if record is not None:
         return record.restricted
     with services.blobs.open(parent) as stream:
         manifest = json.load(stream)
-    if manifest.get("source", {}).get("kind") == "hub":
-        return (_asked_for(str(manifest["source"]["reference"]), with_config="adapter_config.json" in manifest["parts"]),)
+    match manifest.get("source"):
+        case str(source):  # a base model's
+            weights = next(name for name in manifest["parts"] if is_weights(name))
+            return (guard(source, weights),) if source.startswith("hub:") else ()
+        case {"kind": "hub", "reference": reference}:
+            return (_asked_for(str(reference), with_config="adapter_config.json" in manifest["parts"]),)
     return restrictions(services, [Digest.parse(text) for text in manifest["inputs"]])
 
 

@@ -17,7 +17,7 @@ from app.engine.queue import JobQueue
 from app.errors import STATUS, make_problem, problem
 from app.limits import BodyLimit
 from app.metrics import JobMetrics, RequestMetrics
-from app.routes import adapters, data, health, jobs, merge, methods, rmm
+from app.routes import adapters, data, extract, health, jobs, merge, methods, rmm
 from app.schemas import problems
 from app.services import Services
 from app.settings import Settings
@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=problems(400, 404, 413, 422),
     )
     app.state.metrics = CollectorRegistry()
-    for module in (merge, jobs, adapters, data, rmm, methods, health):
+    for module in (merge, extract, jobs, adapters, data, rmm, methods, health):
         app.include_router(module.router)
     app.add_middleware(BodyLimit, upload_bytes=settings.max_upload_bytes)
     app.add_middleware(RequestMetrics, registry=app.state.metrics)

@@ -58,11 +58,23 @@ class RecipeTask:
 
 
 @dataclass(frozen=True, slots=True)
+class RecipeModels:
+    """Two models whose difference becomes an adapter, pinned as `Recipe.base_model` is.
+
+    base_model: what the adapter calls the base.
+    """
+
+    base: str
+    tuned: str
+    base_model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe.
 
     extends: the basis that these adapters are added to.  base_model: `hub:org/name@<commit>` or `sha256:<manifest>`, where
-    coefficients are learned.
+    coefficients are learned.  models: what an adapter is extracted from, in place of merged adapters.
     """
 
     method: str
@@ -78,9 +90,10 @@ class Recipe:
     extends: str | None = None
     base_model: str | None = None
     tasks: tuple[RecipeTask, ...] = ()
+    models: RecipeModels | None = None
 
     def to_json(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self).items() if v or k not in ("extends", "base_model", "tasks")}
+        given = {k: v for k, v in asdict(self).items() if v or k not in ("extends", "base_model", "tasks", "models")}
         lists = {"adapters": [_input_json(item) for item in self.adapters], "post": [asdict(step) for step in self.post]}
         tasks = [{**asdict(task), "data": list(task.data), "restricted": list(task.restricted)} for task in self.tasks]
         return {"schema": 1, **given, **lists, **({"tasks": tasks} if tasks else {})}
@@ -91,7 +104,9 @@ class Recipe:
         inputs = tuple(_input(item) for item in data["adapters"])
         steps = tuple(RecipeStep(**step) for step in data["post"])
         tasks = tuple(map(_task, data.get("tasks", ())))
-        return cls(**{**fields, "rank": RankRule(**data["rank"]), "adapters": inputs, "post": steps, "tasks": tasks})
+        models = RecipeModels(**data["models"]) if "models" in data else None
+        rank = RankRule(**data["rank"])
+        return cls(**{**fields, "rank": rank, "adapters": inputs, "post": steps, "tasks": tasks, "models": models})
 
     @property
     def digest(self) -> Digest:

@@ -1,4 +1,4 @@
-"""The certificate of a merge: what was lost, module by module, and in all."""
+"""The certificate of a merge or an extraction: what was lost, module by module, and in all."""
 
 import json
 import math
@@ -8,10 +8,11 @@ from typing import Any
 
 from app.recipe import Recipe
 from merge_algos import catalogue
+from merge_algos.extract import Extract
 from merge_algos.merge import ModuleReport
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
-from storage.manifest import AdapterManifest, named_parts
+from storage.manifest import AdapterManifest, BaseManifest, named_parts
 
 _NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves of a sum that cancels
 
@@ -38,6 +39,31 @@ def certificate(
         "totals": _totals(modules, rank),
         "worst_module": _worst(modules),
         "modules": [asdict(module) for module in modules],
+    }
+
+
+def extraction_certificate(
+    recipe: Recipe,
+    models: Sequence[tuple[Digest, BaseManifest]],
+    modules: Sequence[ModuleReport],
+    left_out: Sequence[Mapping[str, Any]],
+    *,
+    rank: int,
+) -> dict[str, Any]:
+    """`report.json` of an extraction, as of a merge. Totals are over the whole difference: what is left out counts as lost.
+
+    models: base and tuned.  left_out: tensors that changed and are in no module.
+    """
+    return {
+        "schema": 1,
+        "recipe": recipe.to_json(),
+        "recipe_digest": str(recipe.digest),
+        "paper": Extract.paper,
+        "inputs": [_model(digest, manifest) for digest, manifest in models],
+        "totals": {**_totals(modules, rank, left_out), "left_out": len(left_out)},
+        "worst_module": _worst(modules),
+        "modules": [asdict(module) for module in modules],
+        "left_out": [dict(each) for each in left_out],
     }
 
 
@@ -91,9 +117,15 @@ def _input(digest: Digest, manifest: AdapterManifest) -> dict[str, Any]:
     return {"id": str(digest), "source": source, "licence": manifest.licence, "size_bytes": manifest.weights.size_bytes}
 
 
-def _totals(modules: Sequence[ModuleReport], rank: int) -> dict[str, Any]:
-    energy = sum(m.norm**2 for m in modules)
-    lost = sum((m.norm * m.relative_error) ** 2 for m in modules)
+def _model(digest: Digest, manifest: BaseManifest) -> dict[str, Any]:
+    size_bytes = sum(part.size_bytes for part in manifest.files.values())
+    return {"id": str(digest), "source": manifest.source, "licence": None, "size_bytes": size_bytes}
+
+
+def _totals(modules: Sequence[ModuleReport], rank: int, left_out: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    beside = sum(each["norm"] ** 2 for each in left_out)
+    energy = sum(m.norm**2 for m in modules) + beside
+    lost = sum((m.norm * m.relative_error) ** 2 for m in modules) + beside
     kept = energy - lost
     # rounding is relative to what was cast, which is the part that was kept
     rounded = sum(m.norm**2 * m.retained_energy * m.rounding_error**2 for m in modules)
@@ -101,7 +133,7 @@ def _totals(modules: Sequence[ModuleReport], rank: int) -> dict[str, Any]:
         "modules": len(modules),
         "rank": rank,
         "exact_modules": sum(m.exact for m in modules),
-        "exact": all(m.exact for m in modules),
+        "exact": all(m.exact for m in modules) and not left_out,
         "relative_error": math.sqrt(lost / energy) if energy else 0.0,
         "retained_energy": kept / energy if energy else 1.0,
         "rounding_error": math.sqrt(rounded / kept) if kept > 0 else 0.0,

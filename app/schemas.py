@@ -17,6 +17,7 @@ Pattern = Annotated[str, StringConstraints(max_length=512)]
 BASE_HELP = (
     "for methods that learn: hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
 )
+MODEL_HELP = "hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>; safetensors only"
 DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
 HUB_HELP = "hub:org/name[/subfolder or file.safetensors][@revision]"
 SOURCE_HELP = f"{HUB_HELP}, sha256:<adapter id>, or name:<namespace>/<name>"
@@ -56,6 +57,26 @@ def _rank_kind(value: object) -> str:
 RankRequest = Annotated[
     Annotated[int, Field(ge=1), Tag("integer")] | Annotated[EnergyRank, Tag("energy")], Discriminator(_rank_kind)
 ]
+
+
+class HeavyTailRank(Body):
+    heavy_tail: int = Field(ge=1, description="mean rank over all modules: more where the spectrum falls slowly")
+    max: int | None = Field(default=None, ge=1, description="at most this rank")
+
+
+def _extract_rank_kind(value: object) -> str:
+    if isinstance(value, HeavyTailRank) or (isinstance(value, dict) and "heavy_tail" in value):
+        return "heavy_tail"
+    return _rank_kind(value)
+
+
+ExtractRank = Annotated[
+    Annotated[int, Field(ge=1), Tag("integer")]
+    | Annotated[EnergyRank, Tag("energy")]
+    | Annotated[HeavyTailRank, Tag("heavy_tail")],
+    Discriminator(_extract_rank_kind),
+]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")]
 
 
 class PostStepRequest(Body):
@@ -104,6 +125,26 @@ class ExtendRequest(Body):
     allow_base_mismatch: bool = Field(default=False, description="add an adapter of another base model all the same")
 
 
+class ExtractRequest(Body):
+    base: str = Field(max_length=1000, description=MODEL_HELP, examples=["hub:org/base@main"])
+    tuned: str = Field(max_length=1000, description="the same after full fine-tuning: as base", examples=["dir:tuned"])
+    rank: ExtractRank = Field(description="an integer, an energy per module, or a mean rank spread by heavy tails")
+    dtype: Dtype = Field(default="auto", description="of the adapter; auto is the widest among both models' linear layers")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the sketches")
+    profile: Profile = Field(
+        default="portable", description="portable: one rank everywhere, loads on every server; compact: no padding"
+    )
+    include: list[Pattern] = Field(default=[], max_length=100, description="patterns of heads to extract as well: lm_head")
+    exclude: list[Pattern] = Field(default=[], max_length=100, description="patterns of modules to leave out")
+    leftover: Literal["report", "refuse"] = Field(
+        default="report", description="where more has changed than a plain LoRA can hold: report it in the certificate, or refuse"
+    )
+    base_model_name: ModelName | None = Field(
+        default=None, description="what the adapter calls its base model; default: org/name, or the folder's name"
+    )
+    name: Name | None = Field(default=None, description="also make the result known as name:<this>")
+
+
 class ReconstructRequest(Body):
     task: TaskName | None = Field(default=None, description="one task, as it was")
     weights: dict[TaskName, Finite] | None = Field(default=None, max_length=64, description="or a mix: task -> weight")
@@ -143,7 +184,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 class Progress(BaseModel):
     stage: str = Field(
         description="queued, fetch (counts adapters), learn (counts steps), survey (counts modules, in rounds), "
-        "merge (counts modules), assemble"
+        "merge (counts modules, also of an extraction), assemble"
     )
     done: int
     total: int

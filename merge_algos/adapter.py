@@ -32,7 +32,7 @@ def agree(shapes_by_adapter: Iterable[Mapping[str, tuple[int, int]]]) -> dict[st
         for module, shape in adapter.items():
             if shapes.setdefault(module, shape) != shape:
                 raise ShapeMismatch(module, shapes[module], shape)
-    return dict(sorted(shapes.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
 
 
 def common_base(base_models: Sequence[str], *, allow_mismatch: bool = False) -> str:
@@ -43,6 +43,7 @@ def common_base(base_models: Sequence[str], *, allow_mismatch: bool = False) -> 
     return distinct[0]
 
 
-def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """The key that sorts layer 2 before layer 10."""
     parts = re.findall(r"\d+|\D+", name)
     return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)

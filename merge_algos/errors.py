@@ -12,6 +12,9 @@ MergeError
 ├── NonFiniteTensor      a tensor holds NaN or Inf
 ├── NonFiniteResult      the merged factors overflow the requested dtype
 ├── TrainingDiverged     the loss is no number any more
+├── IncomparableTensor   a tensor of two models that has no difference
+├── NothingToExtract     two models whose linear layers are the same
+├── LeftoverTensors      more has changed than an adapter can hold, and that was to be refused
 └── UnsupportedAdapter   an adapter kind, flag or tensor that cannot be ingested exactly
 """
 
@@ -133,6 +136,34 @@ class TrainingDiverged(MergeError):
 
 
 @dataclass(eq=False)
+class IncomparableTensor(MergeError):
+    tensor: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor[:200]} of the two models cannot be compared: {self.reason}"
+
+
+@dataclass(eq=False)
+class NothingToExtract(MergeError):
+    """left_out: tensors that changed, none of them a module."""
+
+    left_out: Sequence[str]
+
+    def __str__(self) -> str:
+        changed = f"only {_some(self.left_out)} did" if self.left_out else "the two models are the same"
+        return f"no linear layer has changed, so there is nothing to extract: {changed}"
+
+
+@dataclass(eq=False)
+class LeftoverTensors(MergeError):
+    tensors: Sequence[str]
+
+    def __str__(self) -> str:
+        return f"a plain LoRA cannot hold the changes of {_some(self.tensors)}; leftover: report extracts the rest"
+
+
+@dataclass(eq=False)
 class UnsupportedAdapter(MergeError):
     subject: str
     reason: str
@@ -140,3 +171,9 @@ class UnsupportedAdapter(MergeError):
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.reason}; {self.remedy}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """As many as a sentence can carry."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(name[:200] for name in names[:5]) + more

@@ -137,21 +137,31 @@ def merge_module(
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # no SVD of finite numbers fails: something overflowed on the way there
         raise NonFiniteResult(context.module, _name(widened[0].B.dtype)) from error
-    shipped = finished.to(dtype)
-    _check_finite(shipped, context.module)
+    return shipped(cut, finished, context.module, dtype, diagnostics)
+
+
+def shipped(
+    cut: Cut, finished: LowRankDelta, module: str, dtype: torch.dtype, diagnostics: Mapping[str, Any] | None = None
+) -> ModuleResult:
+    """A module in the type it is shipped in, and its line of the certificate.
+
+    finished: the delta of `cut`, or what later steps made of it.  Raises NonFiniteResult if it overflows the type.
+    """
+    cast = finished.to(dtype)
+    _check_finite(cast, module)
     kept_norm = cut.norm * math.sqrt(1.0 - cut.lost) if finished is cut.delta else finished.norm()
     report = ModuleReport(
-        module=context.module,
+        module=module,
         rank_in=cut.rank_in,
-        rank_out=shipped.rank,
+        rank_out=cast.rank,
         exact=cut.exact,
         norm=cut.norm,
         relative_error=math.sqrt(cut.lost),
         retained_energy=1.0 - cut.lost,
-        rounding_error=distance(finished, shipped) / kept_norm if kept_norm else 0.0,
-        diagnostics=diagnostics,
+        rounding_error=distance(finished, cast) / kept_norm if kept_norm else 0.0,
+        diagnostics=diagnostics or {},
     )
-    return ModuleResult(shipped, report)
+    return ModuleResult(cast, report)
 
 
 def _merged(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:

@@ -43,6 +43,10 @@ def choose(names: Collection[str], source: str) -> dict[str, str]:
     return {name: name for name in PLAIN if name in names} | weights
 
 
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf"))
+
+
 def own_name(name: str) -> str:
     """The same name, made of our own characters. Raises NoBaseModel if no file of a base model is called so."""
     shard = _SHARD.fullmatch(name)

@@ -24,16 +24,16 @@ def canonical_json(value: Any) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where an adapter came from. reference: `hub:org/name@commit`, a digest of what was asked for (merge, basis,
-    conversion), or empty for an upload.
+    extract, conversion), or empty for an upload.
     """
 
-    kind: Literal["hub", "upload", "merge", "basis", "conversion"]
+    kind: Literal["hub", "upload", "merge", "basis", "extract", "conversion"]
     reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
-    """The parts of one adapter and its provenance. `inputs`: manifests it was merged from, in the recipe's order.
+    """The parts of one adapter and its provenance. `inputs`: manifests it was made from, in the recipe's order.
 
     config: None of a single file that has none.  licence: as the card at the pinned commit names it, so that a merge can pass
     it on.

@@ -49,7 +49,7 @@ class LearnTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Merge some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
+    """Merge or extract some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
 
     known: what a survey has settled of the whole adapters, None where the method asks for none.
     """
@@ -65,9 +65,9 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class AssembleTask:
-    """Put the shards together, in order: answers with the merged adapter's manifest.
+    """Put the shards together, in order: answers with the adapter's manifest.
 
-    learned: the last checkpoint of the training, where there was one.
+    learned: the last checkpoint of the training, where there was one.  known: as of ShardTask, where it is to be certified.
     """
 
     recipe: Mapping[str, Any]
@@ -75,6 +75,7 @@ class AssembleTask:
     base_model: str
     shards: tuple[Descriptor, ...]
     learned: Digest | None = None
+    known: Any = None
     kind: Literal["assemble"] = "assemble"
 
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+from app.extract.models import OpenPair
 from app.profiles import served_rank
 from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
-from merge_algos.adapter import common_base
+from merge_algos.adapter import common_base, natural
 from merge_algos.errors import InvalidRank
+from merge_algos.extract import as_matrix, tensor_of
 from merge_algos.formats.components import check_names
-from merge_algos.formats.spec import AdapterSpec, Layer
+from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import check_count, check_rule
 from merge_algos.protocol import BasisMethod
@@ -48,6 +50,37 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
     return Plan(base_model, modules, layers, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
+
+
+def plan_extraction(recipe: Recipe, pair: OpenPair, known: Any, *, shard_bytes: int) -> Plan:
+    """The tensors to survey, or, once that is known, the modules to extract, by module name.
+
+    Raises InvalidRank for a rank that no linear layer of these models can have.
+    """
+    assert recipe.models is not None
+    if known is None:
+        matrices = {tensor: as_matrix(shape) for tensor, shape in pair.shapes.items()}
+        candidates = {tensor: shape for tensor, shape in matrices.items() if pair.reasons[tensor] is None}
+        if candidates:  # where there is none, the survey says what has changed instead
+            _check_rank(recipe, {tensor: min(shape) for tensor, shape in candidates.items()}, candidates)
+        return Plan(
+            recipe.models.base_model,
+            matrices,
+            dict.fromkeys(matrices, LINEAR),
+            dict.fromkeys(matrices, ()),
+            _shards(dict.fromkeys(matrices, 0), 0),
+        )
+    names = sorted(known["modules"], key=natural)
+    modules = {name: as_matrix(pair.shapes[tensor_of(name)]) for name in names}
+    ranks = {name: known["modules"][name].get("rank", min(shape)) for name, shape in modules.items()}
+    sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
+    return Plan(
+        recipe.models.base_model,
+        modules,
+        dict.fromkeys(modules, LINEAR),
+        dict.fromkeys(modules, ()),
+        _shards(sizes, shard_bytes),
+    )
 
 
 def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:

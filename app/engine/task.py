@@ -1,15 +1,13 @@
 """One piece of a merge: what a child process does between two checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial, reduce
 from typing import Any, cast
 
-import torch
-
 from app import adapters, base_models, ingest
 from app.card import model_card
-from app.engine import basis, learning
+from app.engine import basis, extraction, learning
+from app.engine.assembly import put_weights, shipped_dtype
 from app.engine.bench import Workbench
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
 from app.profiles import shipped_ranks
@@ -22,23 +20,20 @@ from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.formats.written import config_for
 from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
-from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
 from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_MANIFEST, MEDIA_MARKDOWN, AdapterManifest, Source, canonical_json
 from storage.sources.hub import HubRef
-from storage.tensors import open_tensors
-
-_RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
     """Raises the errors of the libraries as they are; who called turns them into a problem."""
+    extracts = not isinstance(task, FetchTask) and Recipe.from_json(task.recipe).models is not None
     bodies: Mapping[type[Task], Callable[..., Descriptor]] = {
         FetchTask: _fetch,
         LearnTask: learning.advance,
-        SurveyTask: _survey,
-        ShardTask: _merge_shard,
-        AssembleTask: _assemble,
+        SurveyTask: extraction.survey if extracts else _survey,
+        ShardTask: extraction.extract_shard if extracts else _merge_shard,
+        AssembleTask: extraction.assemble if extracts else _assemble,
         EncodeTask: basis.encode_shard,
         JoinTask: basis.join,
     }
@@ -86,7 +81,7 @@ def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
 
 def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
     dtypes = (dtype for digest in task.inputs for dtype in bench.open_adapter(digest).dtypes)
-    dtype = _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(dtypes)
+    dtype = shipped_dtype(recipe, dtypes)
     method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
     deltas = bench.deltas(task.inputs, name, task.modules[name])
@@ -107,7 +102,7 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     manifest = AdapterManifest(
         base_model=task.base_model,
         config=blobs.put([canonical_json(_config(task, specs, ranks, layers))], media_type=MEDIA_JSON),
-        weights=_put_weights(blobs, shards, shapes, layers, ranks),
+        weights=put_weights(blobs, shards, shapes, layers, ranks),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=task.inputs,
@@ -138,18 +133,3 @@ def _config(
         ranks=ranks,
         layers=layers,
     )
-
-
-def _put_weights(
-    blobs: BlobStore,
-    shards: Sequence[adapters.Shard],
-    shapes: Mapping[str, tuple[int, int]],
-    layers: Mapping[str, Layer],
-    ranks: Mapping[str, int],
-) -> Descriptor:
-    """Stream the factors of all shards into one file."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
-        where = {name: file for file in files for name in file.header.tensors}
-        factor = lambda name: adapters.read_tensor(where[name], name)  # noqa: E731
-        return adapters.put_adapter(blobs, shapes, layers, ranks, factor, lambda name: where[name].header.tensors[name].dtype)

@@ -132,14 +132,14 @@ def _run(services: Services, recipe: Recipe, attempt: int, executor: Any) -> Run
 
 def _steps(run: Run, attempt: int) -> str:
     job = run.recipe.digest
-    log.info("job %s started: %s of %d adapters", job, run.recipe.method, len(run.recipe.adapters))
+    log.info("job %s started: %s", job, run.recipe.method)
     step = _step
     inputs = [Digest.parse(d) for d in step("fetch", lambda: [str(d) for d in stages.fetch(run)])]
     checkpoint = step("learn", lambda: stages.learn(run, inputs)) if run.recipe.base_model else None
     table = stages.learned_table(run.services, checkpoint) if checkpoint else None
     known = table or stages.survey(run, inputs, partial(step, "survey"))
     shards = step("merge", lambda: stages.to_json(stages.merge(run, inputs, known)))
-    adapter = step("assemble", lambda: str(stages.assemble(run, inputs, stages.from_json(shards), checkpoint)))
+    adapter = step("assemble", lambda: str(stages.assemble(run, inputs, stages.from_json(shards), checkpoint, known)))
     if step("publish", lambda: stages.publish(run.services, run.recipe, Digest.parse(adapter), attempt=attempt)):
         log.info("job %s succeeded: %s", job, adapter)
     return str(adapter)

@@ -1,5 +1,7 @@
 """A merge as a durable workflow: fetch, plan, survey where the method asks for it, merge shard by shard, assemble, publish.
 
+An extraction is one too: what it fetches are two models, and its shards are cut from their difference.
+
 DBOS remembers which steps are done, the store remembers which shards are. Every step may run twice, so each one
 publishes by digest. A problem is an ordinary outcome: it is recorded as the job's, and the workflow itself succeeds.
 """
@@ -14,11 +16,13 @@ from app import adapters, base_models, bases, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask
-from app.engine.plan import Plan, plan
+from app.engine.plan import Plan, plan, plan_extraction
+from app.extract.models import method_of, open_pair
 from app.recipe import Recipe
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.adapter import agree, common_base
+from merge_algos.extract import Extract
 from merge_algos.formats.together import agreed_layers
 from merge_algos.protocol import BasisMethod, MergeMethod, Method
 from storage.digest import Descriptor, Digest
@@ -42,10 +46,12 @@ class Run:
 
 def fetch(run: Run) -> tuple[Digest, ...]:
     """The manifests of the recipe's inputs, in its order, imported if they are not here yet."""
-    sources = [item.source for item in run.recipe.adapters]
+    models = run.recipe.models
+    sources = [models.base, models.tuned] if models else [item.source for item in run.recipe.adapters]
+    tasks = [FetchTask(source, "base" if models else "adapter") for source in dict.fromkeys(sources)]
     found: dict[str, Digest] = {}
     run.report("fetch", 0, len(sources))
-    for task, descriptor in run.executor.run([FetchTask(source) for source in dict.fromkeys(sources)], stop=run.stop):
+    for task, descriptor in run.executor.run(tasks, stop=run.stop):
         found[task.source] = descriptor.digest
         run.report("fetch", len(found), len(sources))
     return tuple(found[source] for source in sources)
@@ -98,7 +104,7 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     method = _method(run)
     if method.produces == "basis" and cast(BasisMethod, method).verbatim:
         return ()
-    planned = plan_for(run.services, run.recipe, inputs)
+    planned = plan_for(run.services, run.recipe, inputs, known)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
@@ -116,15 +122,21 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
 
 
 def assemble(
-    run: Run, inputs: Sequence[Digest], shards: Sequence[Descriptor], checkpoint: Mapping[str, Any] | None = None
+    run: Run,
+    inputs: Sequence[Digest],
+    shards: Sequence[Descriptor],
+    checkpoint: Mapping[str, Any] | None = None,
+    known: Any = None,
 ) -> Digest:
-    """The manifest of the merged adapter, or of the basis."""
-    planned = plan_for(run.services, run.recipe, inputs)
+    """The manifest of the adapter, or of the basis."""
+    planned = plan_for(run.services, run.recipe, inputs, known)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
     task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
     if checkpoint is not None:
         task = replace(task, learned=Descriptor.from_json(checkpoint).digest)
+    if run.recipe.models is not None:
+        task = replace(task, known=known)
     ((_, descriptor),) = run.executor.run([task], stop=run.stop)
     run.report("assemble", 1, 1)
     return descriptor.digest
@@ -146,7 +158,7 @@ def publish(services: Services, recipe: Recipe, artefact: Digest, *, attempt: in
 
 def _record(services: Services, recipe: Recipe, artefact: Digest) -> tuple[AdapterRecord | BasisRecord, tuple[Digest, ...]]:
     """The index row of a result, and what it was made of: adapters, and the basis that a basis extends."""
-    if catalogue.find(recipe.method).produces == "adapter":
+    if recipe.models is not None or catalogue.find(recipe.method).produces == "adapter":
         opened = OpenAdapter.open(services.blobs, artefact)
         merged = ingest.describe_merged(services, opened.manifest, artefact, opened.spec)
         learned_from = _learned_from(services, recipe)
@@ -166,8 +178,14 @@ def _learned_from(services: Services, recipe: Recipe) -> tuple[str, ...]:
     return (*data, *base_models.restrictions(services, base_models.obtain(services, recipe.base_model)))
 
 
-def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> Plan:
-    """The plan for adapters that are in the store, read from their headers. Raises what makes the merge impossible."""
+def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None) -> Plan:
+    """The plan for inputs that are in the store, read from their headers. Raises what makes the merge impossible.
+
+    known: of an extraction what its survey has settled, without which the plan is that of the survey.
+    """
+    if recipe.models is not None:
+        with open_pair(services, recipe, inputs) as pair:
+            return plan_extraction(recipe, pair, known, shard_bytes=services.settings.shard_bytes)
     specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
     planned = plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
     if recipe.extends is not None:
@@ -184,12 +202,14 @@ def run_all(run: Run) -> Digest:
     inputs = fetch(run)
     checkpoint = learn(run, inputs)
     known = learned_table(run.services, checkpoint) if checkpoint else survey(run, inputs, lambda body: body())
-    adapter = assemble(run, inputs, merge(run, inputs, known), checkpoint)
+    adapter = assemble(run, inputs, merge(run, inputs, known), checkpoint, known)
     publish(run.services, run.recipe, adapter)
     return adapter
 
 
-def _method(run: Run) -> MergeMethod | BasisMethod:
+def _method(run: Run) -> MergeMethod | BasisMethod | Extract:
+    if run.recipe.models is not None:
+        return method_of(run.recipe)
     return catalogue.build(run.recipe.method, run.recipe.parameters)
 
 

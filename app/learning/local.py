@@ -1,4 +1,4 @@
-"""What the command line may name as a path: rows, heads and the base model, before a request names them by digest."""
+"""What the command line may name as a path: rows, heads and base models, before a request names them by digest."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

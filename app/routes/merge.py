@@ -15,6 +15,8 @@ from storage.jobs import FINAL, Job
 
 router = APIRouter(tags=["merge"])
 
+Prefer = Annotated[str | None, Header(description="`wait=N`: answer when the job is done, after N seconds at most")]
+
 _POLL_S = 0.1
 _MAX_WAIT_S = 60.0
 
@@ -31,10 +33,15 @@ async def merge(
     services: UsesServices,
     queue: UsesQueue,
     token: UsesToken,
-    prefer: Annotated[str | None, Header(description="`wait=N`: answer when the job is done, after N seconds at most")] = None,
+    prefer: Prefer = None,
 ) -> JobView:
     """Merge adapters. The same request twice is the same job: 202 while it is under way, 200 once its result exists."""
     job = await asyncio.to_thread(submit, request, services, queue, token)
+    return await answered(job, response, services, prefer)
+
+
+async def answered(job: Job, response: Response, services: Services, prefer: str | None) -> JobView:
+    """The job, after as long a wait as the caller prefers: 200 if it has succeeded, else 202."""
     job = await _wait(job, services, wait_s(prefer))
     response.status_code = 200 if job.state == "succeeded" else 202
     response.headers["Location"] = f"/jobs/{job.id}"

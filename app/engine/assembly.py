@@ -1,0 +1,35 @@
+"""What every adapter that is made here has in common: the type of its modules, and one file of all their factors."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from app import adapters
+from app.recipe import Recipe
+from merge_algos.formats.spec import Layer
+from storage.blobs import BlobStore
+from storage.digest import Descriptor
+from storage.tensors import open_tensors
+
+_RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def shipped_dtype(recipe: Recipe, dtypes: Iterable[str]) -> torch.dtype:
+    """dtypes: of the inputs, as safetensors names them."""
+    return _RECIPE_DTYPES.get(recipe.dtype) or adapters.widest(dtypes)
+
+
+def put_weights(
+    blobs: BlobStore,
+    shards: Sequence[adapters.Shard],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, Layer],
+    ranks: Mapping[str, int],
+) -> Descriptor:
+    """Stream the factors of all shards into one file, each padded with zeros to its rank."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
+        where = {name: file for file in files for name in file.header.tensors}
+        factor = lambda name: adapters.read_tensor(where[name], name)  # noqa: E731
+        return adapters.put_adapter(blobs, shapes, layers, ranks, factor, lambda name: where[name].header.tensors[name].dtype)
