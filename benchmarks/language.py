@@ -94,9 +94,12 @@ def train(base: Path, skill: str, steps: int, output: Path) -> None:
     """A LoRA of rank 8 on query and value, by PEFT, in one pass over the rows."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
     model, tokenizer = opened(base, output.parent)
     tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in tuned.named_parameters():
+        if "lora_A" in name:  # drawn anew: PEFT draws from a generator that is everybody's
+            weight.data = torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5
     rows = [encoded(tokenizer, row) for row in rows_of(skill, "train", TRAIN)]
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
     for step in track(range(steps), skill, console=Console(stderr=True)):
