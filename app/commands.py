@@ -117,7 +117,8 @@ def follow(client: Client, job: dict[str, Any], console: Console) -> dict[str, A
     """Show a job's progress until it ends; the job as it ended. Raises Refused unless it succeeded."""
     with progress_bar(console) as report:
         for event in client.follow(job["id"]):
-            report(event["progress"]["stage"], event["progress"]["done"], event["progress"]["total"])
+            at = event["progress"]
+            report(at["stage"], at["done"], at["total"], None if at["score"] is None else -at["score"])
     ended = client.job(job["id"])
     if ended["state"] != "succeeded":
         raise Refused(ended["error"] or {"detail": f"the job was {ended['state']}"})

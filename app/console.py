@@ -25,14 +25,15 @@ _STAGES = {
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives `report(stage, done, total)`, which moves the bar."""
+def progress_bar(console: Console) -> Iterator[Callable[..., None]]:
+    """Gives `report(stage, done, total)`, which moves the bar; with `loss`, of held-out rows, if that is known."""
     columns = (SpinnerColumn(), TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("starting", total=None)
 
-        def report(stage: str, done: int, total: int) -> None:
-            progress.update(bar, description=_STAGES.get(stage, stage), completed=done, total=total or None)
+        def report(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            shown = _STAGES.get(stage, stage) + (f", loss {loss:.4g}" if loss is not None else "")
+            progress.update(bar, description=shown, completed=done, total=total or None)
 
         yield report
 

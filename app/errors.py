@@ -8,7 +8,7 @@ RequestError
 ├── UnknownBaseModel      no base model of that id or directory
 ├── UnknownData           no data file of that id
 ├── UnknownSplit          the dataset has no such split in a form that is read here
-├── UnknownPart           the adapter has no file of that name
+├── UnknownPart           the adapter, basis or job has no file of that name
 ├── InvalidField          a field, flag or setting has a value that cannot be used
 ├── InvalidData           a data file is not what it must be
 ├── MissingColumn         the data has no such column, or a row has not
@@ -103,7 +103,7 @@ class UnknownPart(RequestError):
     part: str
 
     def __str__(self) -> str:
-        return f"this adapter has no {self.part[:100]}"
+        return f"there is no {self.part[:100]} here"
 
 
 @dataclass(eq=False)

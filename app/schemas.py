@@ -147,6 +147,8 @@ class Progress(BaseModel):
     )
     done: int
     total: int
+    loss: float | None = Field(default=None, description="learn: mean of the steps between the last two looks")
+    score: float | None = Field(default=None, description="learn: minus the loss of the held-out rows at the last look")
 
 
 class ResultView(BaseModel):
@@ -159,7 +161,7 @@ class CurvePoint(BaseModel):
     step: int
     loss: float | None = Field(description="mean of the steps since the last point")
     score: float = Field(description="minus the mean loss of the held-out rows")
-    tasks: dict[str, float] = Field(description="each task's loss on its held-out rows")
+    tasks: dict[str, float] = Field(description="each task's loss on its held-out rows, at its best temperature")
 
 
 class Learning(BaseModel):

@@ -40,24 +40,52 @@ def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:
         state=job.state,
         method=job.method,
         attempt=job.attempt,
-        progress=Progress(stage=job.stage, done=job.done, total=job.total),
+        progress=progress_view(services, job.id, job.stage, job.done, job.total),
         result=shown,
         error=Problem(**job.error) if job.error else None,
-        learning=_learning(services, job) if detail else None,
+        learning=_learning(services, job.id) if detail else None,
         certificate=read_report(services.blobs, result.target) if result and detail else None,
-        links={"self": f"/jobs/{job.id}", "events": f"/jobs/{job.id}/events"},
+        links=_job_links(job),
         created_at=utc(job.created_at),
         finished_at=utc(job.finished_at) if job.finished_at else None,
     )
 
 
-def _learning(services: Services, job: Job) -> Learning | None:
-    """The last checkpoint of a job that is under way, failed or cancelled; a succeeded one's certificate has its training."""
-    checkpoint = services.jobs.checkpoint(job.id)
+def _job_links(job: Job) -> dict[str, str]:
+    own = f"/jobs/{job.id}"
+    learns = {"curve.svg": f"{own}/curve.svg"} if job.recipe.get("tasks") else {}
+    return {"self": own, "events": f"{own}/events", **learns}
+
+
+def progress_view(services: Services, job: Digest, stage: str, done: int, total: int) -> Progress:
+    """Of a job that learns with loss and score: those of the last look at the held-out rows up to this step."""
+    training = training_of(services, job) if stage == "learn" else None
+    points = [point for point in training["curve"] if point["step"] <= done] if training else []
+    latest = points[-1] if points else {"loss": None, "score": None}
+    return Progress(stage=stage, done=done, total=total, loss=latest["loss"], score=latest["score"])
+
+
+def training_of(services: Services, job: Digest) -> Mapping[str, Any] | None:
+    """How far a job has learned, or how it did; None of one that does not learn, or has not begun to."""
+    checkpoint, result = _checkpoint(services, job), services.index.result(job)
+    if checkpoint is not None:
+        training: Mapping[str, Any] = checkpoint["training"]
+        return training
+    return (read_report(services.blobs, result.target) or {}).get("training") if result else None
+
+
+def _learning(services: Services, job: Digest) -> Learning | None:
+    found = _checkpoint(services, job)
+    return Learning(**found["training"], best=found["table"]) if found else None
+
+
+def _checkpoint(services: Services, job: Digest) -> Mapping[str, Any] | None:
+    """The last one of a job that is under way, failed or cancelled; a succeeded one's certificate has its training."""
+    checkpoint = services.jobs.checkpoint(job)
     if checkpoint is None or services.blobs.stat(checkpoint.digest) is None:
         return None
-    found = read_json(services.blobs, checkpoint.digest)
-    return Learning(**found["training"], best=found["table"])
+    found: Mapping[str, Any] = read_json(services.blobs, checkpoint.digest)
+    return found
 
 
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:

@@ -11,6 +11,7 @@ What is measured is appended to the state file, and what stands there is not mea
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -54,10 +55,11 @@ EXAMPLES = (16, 64, 256, 2000)
 CASES: Mapping[str, tuple[str, dict[str, Any], int]] = {
     **{f"task_arithmetic at {w:g}": ("task_arithmetic", {"weight": w}, 0) for w in (0.125, 0.3)},
     **{f"tuned on {n}": ("atlas", {"steps": 0}, n) for n in (64, 2000)},
-    **{f"atlas {g} {n}": ("atlas", {"granularity": g}, n) for n in EXAMPLES for g in ("matrix", "rank")},
+    **{f"atlas {g} {n}": ("atlas", {"granularity": g}, n) for n in EXAMPLES[:-1] for g in ("matrix", "rank")},
+    **{f"atlas {g} 2000": ("atlas", {"granularity": g, "epochs": 3, "evaluate_every": 25}, 2000) for g in ("matrix", "rank")},
     "lora_soups 256": ("lora_soups", {}, 256),
     "adamerging 256": ("adamerging", {"lr": 0.01}, 256),
-    "lorahub 64": ("lorahub", {}, 64),
+    "lorahub 64": ("lorahub", {"steps": 15}, 64),
 }
 
 
@@ -68,18 +70,19 @@ def main() -> None:
     parser.add_argument("--examples", type=int, help="only cases with so many rows of each task")
     parser.add_argument("--state", type=Path, default=Path("learned-state.jsonl"))
     parser.add_argument("--overhead", action="store_true", help="measure a pass in training beside one of a fixed adapter")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each case; cases are measured one by one")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(run_case(args.zoo, *CASES[args.case])))
+        print(json.dumps(run_case(args.zoo, *CASES[args.case], threads=args.threads)))
         return
     if args.overhead:
-        print(json.dumps(overhead(args.zoo), indent=1))
+        print(json.dumps(overhead(args.zoo, args.threads), indent=1))
         return
     known = read_state(args.state)
     wanted = [c for c in CASES if args.only in c and args.examples in (None, CASES[c][2])]
     for label in track([c for c in wanted if c not in known], "learning", console=Console(stderr=True)):
-        command = [sys.executable, __file__, "--zoo", str(args.zoo), "--case", label]
+        command = [sys.executable, __file__, "--zoo", str(args.zoo), "--case", label, "--threads", str(args.threads)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         known[label] = found
         with args.state.open("a") as file:
@@ -95,17 +98,17 @@ def read_state(state: Path) -> dict[str, Any]:
     return {row["label"]: row["found"] for row in map(json.loads, lines)}
 
 
-def run_case(zoo: Path, method: str, parameters: dict[str, Any], rows: int) -> dict[str, Any]:
+def run_case(zoo: Path, method: str, parameters: dict[str, Any], rows: int, *, threads: int) -> dict[str, Any]:
     """Seconds of the whole job, peak memory of this process before scoring, and the scores."""
     with tempfile.TemporaryDirectory(prefix="braid-learned-") as folder:
         services = Services.open(settings(Path(folder)))
         request = asked(services, zoo, method, parameters, rows)
         started = time.perf_counter()
-        run = running(services, request)
-        artefact = run_all(run)
+        artefact = run_all(running(services, request, threads))
         seconds = time.perf_counter() - started
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         training = (read_report(services.blobs, artefact) or {}).get("training")
+        torch.set_num_threads(threads)  # a job leaves one
         held = load(zoo, "test")
         scores = scored(held, services, artefact)
     own = held.reference["single"]
@@ -141,9 +144,9 @@ def learning_task(services: Services, zoo: Path, task: str, rows: int) -> dict[s
     return {"name": task, "data": str(data.add(services, ["".join(lines).encode()]).id), "head": str(head.id)}
 
 
-def running(services: Services, request: MergeRequest) -> Run:
+def running(services: Services, request: MergeRequest, threads: int) -> Run:
     recipe = resolve(request, services, token=None)
-    executor = DirectExecutor(workbench(services, "cpu", 2))
+    executor = DirectExecutor(workbench(services, "cpu", threads))
     return Run(services, recipe, executor, report=lambda *_: None, stop=lambda: False)
 
 
@@ -161,24 +164,61 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def overhead(root: Path) -> dict[str, float]:
-    """A forward pass in training beside one of the same model with all adapters attached as one, their scales folded in."""
+def overhead(root: Path, threads: int) -> dict[str, float]:
+    """A forward pass in training beside one of the same model with all adapters attached as one, their scales folded in.
+
+    extra_memory: what training keeps for the backward pass beyond what that model would keep, as a fraction of base model,
+    adapters and what that model would keep.
+    """
     with tempfile.TemporaryDirectory(prefix="braid-learned-") as folder:
         services = Services.open(settings(Path(folder)))
-        run = running(services, asked(services, root, "atlas", {}, 64))
+        run = running(services, asked(services, root, "atlas", {}, 64), threads)
         recipe = run.recipe
         inputs, base = fetch(run), base_models.obtain(services, recipe.base_model or "")
         method: Any = catalogue.build(recipe.method, recipe.parameters)
         task = LearnTask(recipe.to_json(), inputs, base, None)
-        problem = open_problem(task, recipe, method, workbench(services, "cpu", 2))
+        problem = open_problem(task, recipe, method, workbench(services, "cpu", threads))
+    torch.set_num_threads(threads)
     picked = {n: range(8) for n in range(len(TASKS))}
     theta = torch.full((problem.layout.size,), 0.3, requires_grad=True)
+    held = [*problem.model.parameters(), *(half for delta in problem.deltas.values() for half in (delta.B, delta.A))]
     training = least_s(lambda: problem.outputs(theta, picked))
+    kept = kept_bytes(lambda: problem.outputs(theta, picked), held)
     bare = replace(problem, deltas={}, modules={})
     for name, delta in problem.deltas.items():
-        problem.model.get_submodule(name).register_forward_hook(served(delta.scale(0.3)))
+        scaled = delta.scale(0.3)
+        held += [scaled.B, scaled.A]
+        problem.model.get_submodule(name).register_forward_hook(served(scaled))
     serving = least_s(lambda: bare.outputs(theta, picked))
-    return {"training_s": training, "serving_s": serving, "overhead": training / serving - 1}
+    # so that the served model keeps what a backward pass through it would need
+    problem.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    activations = kept_bytes(lambda: bare.outputs(theta, picked), held)
+    constant = sum(tensor.nbytes for tensor in held[: -2 * len(problem.deltas)])
+    return {
+        "training_s": training,
+        "serving_s": serving,
+        "overhead": training / serving - 1,
+        "kept_mib": kept / 2**20,
+        "activations_mib": activations / 2**20,
+        "extra_memory": (kept - activations) / (constant + activations),
+    }
+
+
+def kept_bytes(body: Callable[[], Any], held: Sequence[Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the tensors that are there anyway."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = body()  # alive until counted, so that no storage takes the address of another
+    total = sum(size for address, size in found.items() if address not in known)
+    del outputs
+    return total
 
 
 def served(delta: LowRankDelta) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_algos.lowrank import SVD, LowRankDelta, with_fixed_signs
 
-BLOCK_ENTRIES = 1 << 20  # 4 MiB of float32 per adapter and block
+BLOCK_ENTRIES = 1 << 20  # 4 MiB of float32
 _SMALL_ENTRIES = 1 << 18  # up to 512 x 512 the exact SVD is as fast as the sketch
 _OVERSAMPLING = 16
 _ITERATIONS = 3
@@ -41,6 +41,11 @@ class BlockMatrix:
     def to_dense(self) -> Tensor:
         """(d_out, d_in). For tests and small matrices."""
         return torch.cat(list(self.blocks()))
+
+
+def entries_shared_by(adapters: int) -> int:
+    """Entries of a block where one of each of so many adapters exists at a time: 32 MiB of float32 together, at most."""
+    return BLOCK_ENTRIES * 8 // max(8, adapters)
 
 
 def remembered(matrix: BlockMatrix, limit_bytes: int = _REMEMBERED_BYTES) -> BlockMatrix:

@@ -24,7 +24,7 @@ from merge_algos.formats.together import agreed_shapes
 from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.method import Learned
-from merge_algos.learn.problem import Task
+from merge_algos.learn.problem import Problem, Task
 from merge_algos.learn.training import State, held_out_accuracies
 from merge_algos.lowrank import LowRankDelta, concat
 from storage.blobs import BlobStore
@@ -61,32 +61,32 @@ def advance(task: LearnTask, bench: Workbench) -> Descriptor:
 
 def _trained(problem: ModelProblem, method: Learned, recipe: Recipe, begun: State | None) -> State:
     """The state after some seconds of training. Raises OutOfMemory; TrainingDiverged, once what was good is in a checkpoint."""
-    state = begun or _fitting(problem, method, recipe, None)
+    state = begun or fitting(problem, method, None, seed=recipe.seed)
     ends_at = time.monotonic() + _ROUND_S
     try:
         while not state.done and time.monotonic() < ends_at:
-            state = _fitting(problem, method, recipe, state)
+            state = fitting(problem, method, state, seed=recipe.seed)
     except TrainingDiverged:
         if state is begun:
             raise
     return state
 
 
-def _fitting(problem: ModelProblem, method: Learned, recipe: Recipe, state: State | None) -> State:
-    """One step, or the state to begin with. The batch is cut in two once if it does not fit. Raises OutOfMemory."""
+def fitting(problem: Problem, method: Learned, state: State | None, *, seed: int) -> State:
+    """One step, or the state to begin with. A batch that does not fit is tried once more in halves. Raises OutOfMemory."""
     try:
-        return _next(problem, method, recipe, state)
+        return _next(problem, method, state, seed)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        if state is None or state.pieces > 1:
+        if state is None or state.pieces > method.accumulate:
             raise OutOfMemory(str(problem.device)) from error
-    return _fitting(problem, method, recipe, replace(state, pieces=2))
+    return fitting(problem, method, replace(state, pieces=2 * state.pieces), seed=seed)
 
 
-def _next(problem: ModelProblem, method: Learned, recipe: Recipe, state: State | None) -> State:
+def _next(problem: Problem, method: Learned, state: State | None, seed: int) -> State:
     if state is None:
-        return method.begin(problem, seed=recipe.seed)
-    return method.advance(problem, state, seed=recipe.seed, steps=1)
+        return method.begin(problem, seed=seed)
+    return method.advance(problem, state, seed=seed, steps=1)
 
 
 def _read(blobs: BlobStore, checkpoint: Digest | None) -> State | None:
@@ -123,7 +123,8 @@ def _accuracies(problem: ModelProblem, method: Learned, coefficients: torch.Tens
     if not method.labelled:
         return None
     names = [task.name for task in problem.tasks]
-    return dict(zip(names, held_out_accuracies(problem, coefficients), strict=True))
+    at_once = method.plan(problem, seed=0).at_once
+    return dict(zip(names, held_out_accuracies(problem, coefficients, at_once=at_once), strict=True))
 
 
 def _kept(task: LearnTask, recipe: Recipe, method: Learned, bench: Workbench) -> ModelProblem:

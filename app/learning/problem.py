@@ -68,6 +68,11 @@ class ModelProblem:
             outputs.append(_output(self.heads[task], own, rows, self.device))
         return outputs
 
+    def asked(self, picked: Picked, *, held_out: bool = False) -> list[int]:
+        """See `merge_algos.learn.problem.Problem`."""
+        source = self.held if held_out else self.train
+        return [_asked(source[task].at(rows)) for task, rows in picked.items()]
+
     def _features(self, flat: Sequence[Tensor]) -> list[Tensor]:
         """Of each row, in the order given."""
         order = sorted(range(len(flat)), key=lambda n: len(flat[n]))
@@ -97,6 +102,12 @@ def _output(head: Head, features: Sequence[Tensor], rows: Rows, device: torch.de
         return Output(head(torch.stack(list(features))), labels)
     assert rows.labels is not None
     return Output(torch.cat([row[:-1] for row in features]), torch.cat([labels[1:] for labels in rows.labels]).to(device))
+
+
+def _asked(rows: Rows) -> int:
+    if rows.labels is None or rows.labels[0].ndim == 0:
+        return len(rows)
+    return sum(int((labels[1:] != IGNORED).sum()) for labels in rows.labels)
 
 
 def _thinned(rows: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -139,4 +150,3 @@ def linear_head(weight: Tensor, bias: Tensor | None) -> Head:
 
 
 POOLING: Mapping[str, Forward] = {"mean": mean_pooled, "first": first_token, "last": last_token}
-UNLABELLED = IGNORED

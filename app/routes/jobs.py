@@ -4,21 +4,23 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from app import ingest
-from app.errors import UnknownJob
+from app.curve import curve_svg
+from app.errors import UnknownJob, UnknownPart
 from app.routes.deps import Cursor, Limit, UsesQueue, UsesServices, UsesToken, make_cursor, parse_cursor
-from app.schemas import JobList, JobView, Progress
+from app.schemas import JobList, JobView, problems
 from app.services import Services
-from app.views import job_view
+from app.views import job_view, progress_view, training_of
 from storage.digest import Digest
 from storage.errors import HubError
 from storage.jobs import FINAL, Job, JobEvent
 
 router = APIRouter(tags=["jobs"])
 
+SVG = "image/svg+xml"
 _POLL_S = 0.2
 _KEEP_ALIVE_S = 15
 
@@ -41,6 +43,16 @@ def show_job(job_id: str, services: UsesServices, token: UsesToken) -> JobView:
     """
     job = _get(services, job_id)
     return job_view(services, job, detail=_may_read_result(services, job, token))
+
+
+@router.get("/jobs/{job_id}/curve.svg", response_class=Response, responses={200: {"content": {SVG: {}}}, **problems(404)})
+def draw_curve(job_id: str, services: UsesServices, token: UsesToken) -> Response:
+    """Of a job that learns: its losses against the steps, as a picture, while it runs and afterwards."""
+    job = _get(services, job_id)
+    training = training_of(services, job.id) if _may_read_result(services, job, token) else None
+    if training is None:
+        raise UnknownPart("curve.svg")
+    return Response(curve_svg(training), media_type=SVG)
 
 
 @router.delete("/jobs/{job_id}")
@@ -85,7 +97,8 @@ def _sse(services: Services, job: Digest, event: JobEvent) -> ServerSentEvent:
         view = view.model_copy(
             update={"state": state, "attempt": event.attempt, "result": None, "error": None, "finished_at": None}
         )
-    shown = view.model_copy(update={"progress": Progress(stage=event.stage, done=event.done, total=event.total)})
+    progress = progress_view(services, job, event.stage, event.done, event.total)
+    shown = view.model_copy(update={"progress": progress})
     return ServerSentEvent(data=shown.model_dump_json(), event=event.event, id=str(event.number))
 
 

@@ -17,6 +17,8 @@ from merge_algos.learn.training import Plan, State, advance, begin, tuned
 from merge_algos.lowrank import LowRankDelta, weighted_sum
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
+_LEAST_STEPS = 100  # a few rows are worth many passes: held-out rows end what goes too far
+
 TaskType = Literal["causal_lm", "sequence_classification", "feature_classification"]
 Pooling = Literal["mean", "first", "last"]
 
@@ -26,8 +28,10 @@ class Learned(MergeMethod):
     """Parameters of every method that is trained.
 
     task_type: what the base model is loaded for. `feature_classification`: the bare model, its last hidden states pooled as
-    `pooling` says, and a head given with each task.  steps: null for as many as make `epochs` passes over the largest task.
-    batch_size: rows of each task in a step.  held_out: fraction of each task's rows for early stopping, at most 256 of them;
+    `pooling` says, and a head given with each task.  steps: null for as many as make `epochs` passes over the largest task,
+    but 100 at least.
+    batch_size: rows of each task in a step.  accumulate: parts that a batch is computed in, one after the other: less memory,
+    the same gradient.  held_out: fraction of each task's rows for early stopping, at most 256 of them;
     a look every `evaluate_every` steps, and `patience` looks without gain end the training. The best coefficients are kept.
     max_length: tokens of a row; longer ones are refused unless `truncate`.
     """
@@ -43,6 +47,7 @@ class Learned(MergeMethod):
     steps: int | None = None
     epochs: float = 2.0
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 0.02
     weight_decay: float = 0.1
     held_out: float = 0.2
@@ -63,7 +68,7 @@ class Learned(MergeMethod):
             check_finite_number("init", self.init)
         if self.steps is not None:
             check_whole_number("steps", self.steps, least=0)
-        for name in ("batch_size", "evaluate_every", "patience"):
+        for name in ("batch_size", "accumulate", "evaluate_every", "patience"):
             check_whole_number(name, getattr(self, name), least=1)
         check_whole_number("max_length", self.max_length, least=2)
         check_whole_number("trusted", self.trusted, least=0)
@@ -86,9 +91,9 @@ class Learned(MergeMethod):
 
     def begin(self, problem: Problem, *, seed: int) -> State:
         """The state before the first step."""
-        init, size = self.init, problem.layout.size
-        start = tuned(problem, self.objective) if init == "tuned" else torch.full((size,), float(init))
-        return begin(problem, self.plan(problem, seed), start, self.coefficients)
+        init, plan = self.init, self.plan(problem, seed)
+        start = tuned(problem, plan) if init == "tuned" else torch.full((problem.layout.size,), float(init))
+        return begin(problem, plan, start, self.coefficients)
 
     def advance(self, problem: Problem, state: State, *, seed: int, steps: int) -> State:
         """At most so many steps more. Raises TrainingDiverged and torch.OutOfMemoryError."""
@@ -99,7 +104,7 @@ class Learned(MergeMethod):
         size = min(self.batch_size, most)
         return Plan(
             objective=self.objective,
-            steps=math.ceil(self.epochs * most / size) if self.steps is None else self.steps,
+            steps=max(_LEAST_STEPS, math.ceil(self.epochs * most / size)) if self.steps is None else self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -108,6 +113,7 @@ class Learned(MergeMethod):
             seed=seed,
             threshold=self.threshold,
             trusted=self.trusted,
+            accumulate=self.accumulate,
         )
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy as token_cross_entropy
 
 Objective = Literal["cross_entropy", "entropy", "ufm", "negation"]
 
+TEMPERATURES = tuple(2 ** (k / 2) for k in range(-3, 5))  # 0.35 to 4
 IGNORED = -100  # the label of a token that nothing is asked of
 
 
@@ -24,6 +25,14 @@ class Output:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labelled, divided by log(classes): 1 is guessing, so that tasks of different sizes count alike."""
     return token_cross_entropy(logits.float(), labels, ignore_index=IGNORED) / math.log(max(2, logits.shape[1]))
+
+
+def calibrated(logits: Tensor, labels: Tensor) -> Tensor:
+    """(t,): the cross entropy at each of TEMPERATURES. The least of it tells what predicts best, however sure it is of itself.
+
+    A merge is often too sure: its loss is then least at weights that are too small for its accuracy.
+    """
+    return torch.stack([cross_entropy(logits / temperature, labels) for temperature in TEMPERATURES])
 
 
 def entropy(logits: Tensor) -> Tensor:

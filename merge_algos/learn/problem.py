@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from merge_algos.learn.layout import Layout
@@ -32,9 +33,16 @@ class Problem(Protocol):
     @property
     def tasks(self) -> Sequence[Task]: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def outputs(self, coefficients: Tensor, picked: Picked, *, held_out: bool = False, noise: int | None = None) -> list[Output]:
         """Of these rows, one per task picked, in that order; differentiable in the coefficients (size,).
 
         noise: a seed for dropping some tokens, the strong view of `ufm`.  Raises torch.OutOfMemoryError.
         """
+        ...
+
+    def asked(self, picked: Picked, *, held_out: bool = False) -> list[int]:
+        """Of each task picked, how many predictions its rows ask for: what its mean loss is a mean over."""
         ...

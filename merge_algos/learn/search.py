@@ -55,5 +55,5 @@ def _replayed(plan: Plan, state: State, bound: float) -> Any:
 def _loss(problem: Problem, plan: Plan, candidate: Any, penalty: float) -> float:
     coefficients = torch.tensor(np.asarray(candidate), dtype=torch.float32)
     picked = {n: list(range(min(task.rows, _ROWS))) for n, task in enumerate(problem.tasks)}
-    losses = losses_of(problem, plan.objective, coefficients, picked)
+    losses = losses_of(problem, plan.objective, coefficients, picked, at_once=plan.at_once)
     return weighted(problem, losses) + penalty * float(coefficients.abs().mean())

@@ -7,6 +7,7 @@ was interrupted, so on one machine a resumed run ends in the same bytes.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,11 +16,19 @@ from torch import Tensor
 from merge_algos.blocks import seed_of
 from merge_algos.errors import TrainingDiverged
 from merge_algos.learn.layout import Layout
-from merge_algos.learn.objectives import Objective, Output, accuracy, cross_entropy, entropy, most_confident, pseudo_labels
+from merge_algos.learn.objectives import (
+    Objective,
+    Output,
+    accuracy,
+    calibrated,
+    cross_entropy,
+    entropy,
+    most_confident,
+    pseudo_labels,
+)
 from merge_algos.learn.problem import Picked, Problem
 
 _CLIP = 1.0  # of the gradient's norm
-_SCORED_AT_ONCE = 32  # held-out rows of each task in one pass
 _LAST_THRESHOLD = 0.999
 _TUNED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 _TUNED_ON = 64  # rows of each task
@@ -33,6 +42,7 @@ class Plan:
 
     weight_decay: decoupled, towards the start.  evaluate_every: steps between two looks at the held-out rows.
     patience: looks without a better score before it stops.  trusted: rows per predicted class that `ufm` trusts from the start.
+    accumulate: parts that a batch is computed in, one after the other, their gradients added up.
     """
 
     objective: Objective
@@ -45,6 +55,12 @@ class Plan:
     seed: int
     threshold: float = 0.9
     trusted: int = 0
+    accumulate: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Rows of each task that are scored together: as many as are trained on, so that scoring needs no more memory."""
+        return max(1, self.batch_size // self.accumulate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +109,12 @@ class State:
 
 
 @torch.no_grad()
-def tuned(problem: Problem, objective: Objective) -> Tensor:
+def tuned(problem: Problem, plan: Plan) -> Tensor:
     """(size,): the one number for all coefficients that is best on some training rows: task arithmetic, tuned."""
     picked = {n: list(range(min(task.rows, _TUNED_ON))) for n, task in enumerate(problem.tasks)}
     candidates = sorted({*_TUNED, 1 / len(problem.layout.blocks)})
     starts = [torch.full((problem.layout.size,), value) for value in candidates]
-    losses = [weighted(problem, losses_of(problem, objective, start, picked)) for start in starts]
+    losses = [weighted(problem, losses_of(problem, plan.objective, start, picked, at_once=plan.at_once)) for start in starts]
     return starts[losses.index(min(losses))]
 
 
@@ -107,7 +123,7 @@ def begin(problem: Problem, plan: Plan, start: Tensor, coefficients: Coefficient
     theta = tuple(start.double().tolist())
     zeros = (0.0,) * len(theta)
     point = _point(problem, plan, coefficients(problem.layout, start), 0, None)
-    return State(0, theta, theta, zeros, zeros, theta, 0, (point,), done=plan.steps == 0)
+    return State(0, theta, theta, zeros, zeros, theta, 0, (point,), pieces=plan.accumulate, done=plan.steps == 0)
 
 
 def advance(problem: Problem, plan: Plan, state: State, coefficients: Coefficients, *, steps: int) -> State:
@@ -175,15 +191,21 @@ def _optimizer(theta: Tensor, state: State, plan: Plan) -> torch.optim.AdamW:
 def _backward(problem: Problem, plan: Plan, state: State, coefficients: Coefficients, theta: Tensor) -> float:
     """The loss of this step's batch, its gradient added up piece by piece."""
     total, picked = 0.0, _batch(problem, plan, state.step)
+    whole = _counts(problem, picked)
     for piece in range(state.pieces):
         rows = {task: own[piece :: state.pieces] for task, own in picked.items()}
         rows = {task: own for task, own in rows.items() if own}
-        shares = {task: len(own) / len(picked[task]) for task, own in rows.items()}
+        # by what the mean is over: parts of a text have unequal numbers of tokens
+        shares = {task: count / whole[task] for task, count in _counts(problem, rows).items()}
         loss = _loss(problem, plan, coefficients(problem.layout, theta), rows, shares, state.step)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total
+
+
+def _counts(problem: Problem, picked: Picked, *, held_out: bool = False) -> dict[int, int]:
+    return dict(zip(picked, problem.asked(picked, held_out=held_out), strict=True))
 
 
 def _loss(problem: Problem, plan: Plan, coefficients: Tensor, picked: Picked, shares: Mapping[int, float], step: int) -> Tensor:
@@ -203,11 +225,11 @@ def _loss(problem: Problem, plan: Plan, coefficients: Tensor, picked: Picked, sh
 def _task_loss(objective: Objective, output: Output, target: Tensor | None) -> Tensor:
     if objective == "entropy":
         return entropy(output.logits)
-    labels = output.labels if target is None else target
-    assert labels is not None
-    if not (labels >= 0).any():  # no row is trusted yet
-        return output.logits.sum() * 0.0
-    return cross_entropy(output.logits, labels)
+    if target is None:
+        assert output.labels is not None
+        return cross_entropy(output.logits, output.labels)
+    trusted = (target >= 0).float().mean()  # FixMatch's mean is over all rows, and those not trusted count 0
+    return cross_entropy(output.logits, target) * trusted if trusted else output.logits.sum() * 0.0
 
 
 def _targets(problem: Problem, plan: Plan, coefficients: Tensor, picked: Picked, step: int) -> list[Tensor | None]:
@@ -238,7 +260,7 @@ def _rows(rows: int, size: int, seed: int, task: int, step: int) -> list[int]:
 
 
 def _point(problem: Problem, plan: Plan, coefficients: Tensor, step: int, loss: float | None) -> Point:
-    losses = held_out_losses(problem, plan.objective, coefficients)
+    losses = held_out_losses(problem, plan, coefficients)
     if not all(map(math.isfinite, losses)):
         raise TrainingDiverged(step)
     return Point(step, loss, -weighted(problem, losses), dict(zip([t.name for t in problem.tasks], losses, strict=True)))
@@ -250,28 +272,55 @@ def weighted(problem: Problem, losses: Sequence[float]) -> float:
     return sum(w * loss for w, loss in zip(weights, signed, strict=True)) / sum(weights)
 
 
-def held_out_losses(problem: Problem, objective: Objective, coefficients: Tensor) -> list[float]:
+def held_out_losses(problem: Problem, plan: Plan, coefficients: Tensor) -> list[float]:
     """Of each task on its held-out rows, by the objective; of `ufm`, which has no labels, the entropy."""
-    own: Objective = "entropy" if objective == "ufm" else objective
-    rows = {n: list(range(task.held_out)) for n, task in enumerate(problem.tasks)}
-    return losses_of(problem, own, coefficients, rows, held_out=True)
+    own: Objective = "entropy" if plan.objective == "ufm" else plan.objective
+    return losses_of(problem, own, coefficients, _held_out(problem), at_once=plan.at_once, held_out=True)
 
 
-@torch.no_grad()
 def losses_of(
-    problem: Problem, objective: Objective, coefficients: Tensor, picked: Picked, *, held_out: bool = False
+    problem: Problem, objective: Objective, coefficients: Tensor, picked: Picked, *, at_once: int, held_out: bool = False
 ) -> list[float]:
-    """The mean loss of each task picked, over all of these rows."""
-    sums = dict.fromkeys(picked, 0.0)
-    for start in range(0, max(map(len, picked.values())), _SCORED_AT_ONCE):
-        part = {n: rows[start : start + _SCORED_AT_ONCE] for n, rows in picked.items() if start < len(rows)}
-        for n, output in zip(part, problem.outputs(coefficients, part, held_out=held_out), strict=True):
-            sums[n] += float(_task_loss(objective, output, None)) * len(part[n])
-    return [total / len(picked[n]) for n, total in sums.items()]
+    """The mean loss of each task picked, over all of these rows, with labels at the temperature that suits it best.
+
+    at_once: rows of each task in one pass.
+    """
+    found = _means(problem, partial(_scores, objective), coefficients, picked, at_once=at_once, held_out=held_out)
+    return [float(losses.min()) for losses in found]
+
+
+def held_out_accuracies(problem: Problem, coefficients: Tensor, *, at_once: int) -> list[float]:
+    """Of each labelled task, at its held-out rows."""
+    score = lambda output: torch.tensor(accuracy(output))  # noqa: E731
+    return [float(a) for a in _means(problem, score, coefficients, _held_out(problem), at_once=at_once, held_out=True)]
+
+
+def _scores(objective: Objective, output: Output) -> Tensor:
+    if objective == "entropy":
+        return entropy(output.logits)
+    assert output.labels is not None
+    return calibrated(output.logits, output.labels)
 
 
 @torch.no_grad()
-def held_out_accuracies(problem: Problem, coefficients: Tensor) -> list[float]:
-    """Of each labelled task."""
-    every = [{n: list(range(task.held_out))} for n, task in enumerate(problem.tasks)]
-    return [accuracy(*problem.outputs(coefficients, picked, held_out=True)) for picked in every]
+def _means(
+    problem: Problem,
+    score: Callable[[Output], Tensor],
+    coefficients: Tensor,
+    picked: Picked,
+    *,
+    at_once: int,
+    held_out: bool,
+) -> list[Tensor]:
+    """Scores that are means, over more rows than are computed at once."""
+    sums = {n: torch.zeros((), dtype=torch.float64) for n in picked}
+    for start in range(0, max(map(len, picked.values())), at_once):
+        part = {n: rows[start : start + at_once] for n, rows in picked.items() if start < len(rows)}
+        counts = _counts(problem, part, held_out=held_out)
+        for n, output in zip(part, problem.outputs(coefficients, part, held_out=held_out), strict=True):
+            sums[n] = sums[n] + score(output).double().cpu() * counts[n]
+    return [total / count for total, count in zip(sums.values(), problem.asked(picked, held_out=held_out), strict=True)]
+
+
+def _held_out(problem: Problem) -> Picked:
+    return {n: range(task.held_out) for n, task in enumerate(problem.tasks)}

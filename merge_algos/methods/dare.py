@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import torch
 
-from merge_algos.blocks import BlockMatrix, dense_rows, seed_of
+from merge_algos.blocks import BlockMatrix, dense_rows, entries_shared_by, seed_of
 from merge_algos.entries import Combine, check_choice, check_fraction, combine, drop
 from merge_algos.lowrank import LowRankDelta, present
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
@@ -21,6 +21,7 @@ class Dare(MergeMethod):
     """
 
     name = "dare"
+    version = 2  # 2: blocks, which masks are drawn by, are smaller where more than 8 adapters share them
     paper = "arXiv:2311.03099"
     memory = "dense"
     breaks = MappingProxyType(
@@ -50,4 +51,4 @@ class Dare(MergeMethod):
             stack = [dropped(n, start, stop) for n in here]
             return combine(stack, [weights[n] for n in here], self.combine)
 
-        return Merged(BlockMatrix(deltas[0].shape, rows))
+        return Merged(BlockMatrix(deltas[0].shape, rows, entries_shared_by(len(here))))

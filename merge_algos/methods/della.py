@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.blocks import BlockMatrix, dense_rows, seed_of
+from merge_algos.blocks import BlockMatrix, dense_rows, entries_shared_by, seed_of
 from merge_algos.entries import Combine, check_choice, check_finite_number, check_fraction, combine, drop
 from merge_algos.errors import InvalidParams
 from merge_algos.lowrank import LowRankDelta, present
@@ -25,6 +25,7 @@ class Della(MergeMethod):
     """
 
     name = "della"
+    version = 2  # 2: blocks, which masks are drawn by, are smaller where more than 8 adapters share them
     paper = "arXiv:2406.11617"
     memory = "dense"
     breaks = MappingProxyType(
@@ -62,7 +63,7 @@ class Della(MergeMethod):
             stack = [dropped(n, start, stop) for n in here]
             return self.lam * combine(stack, [weights[n] for n in here], self.combine)
 
-        return Merged(BlockMatrix(deltas[0].shape, rows))
+        return Merged(BlockMatrix(deltas[0].shape, rows, entries_shared_by(len(here))))
 
     def chances(self, block: Tensor) -> Tensor:
         """Probability of being kept, per entry of (rows, cols), from its rank by magnitude in its row."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from merge_algos.blocks import BlockMatrix, dense_rows
+from merge_algos.blocks import BlockMatrix, dense_rows, entries_shared_by
 from merge_algos.entries import at_least, check_choice, check_finite_number, check_fraction, elect_and_merge, kept
 from merge_algos.lowrank import LowRankDelta, present
 from merge_algos.magnitudes import (
@@ -75,7 +75,7 @@ class Ties(MergeMethod):
             stack = [at_least(dense_rows(deltas[n], start, stop), t) for n, t in zip(here, thresholds, strict=True)]
             return self.lam * elect_and_merge(stack, [weights[n] for n in here])
 
-        return Merged(BlockMatrix(deltas[0].shape, rows), {"thresholds": thresholds})
+        return Merged(BlockMatrix(deltas[0].shape, rows, entries_shared_by(len(here))), {"thresholds": thresholds})
 
     def _threshold(self, delta: LowRankDelta, n: int, context: ModuleContext) -> float:
         if self.trim == "model":

@@ -16,6 +16,7 @@ from merge_algos.lowrank import concat
 
 MODULES = {"layers.0.up": (12, 8), "layers.1.up": (5, 12)}
 CLASSES = 5
+CPU = torch.device("cpu")
 
 
 def base() -> nn.Module:
@@ -58,7 +59,9 @@ class SmallProblem:
     weights: Sequence[float] = (1.0, 1.0, 1.0)
     forget: Sequence[int] = ()
     labelled: bool = True
-    asked: list[Picked] = field(default_factory=list)
+    device: torch.device = CPU
+    trained_on: list[Picked] = field(default_factory=list)
+    scored: list[Picked] = field(default_factory=list)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -82,7 +85,7 @@ class SmallProblem:
         return torch.stack([dense_outputs(self.model, [self.deltas[n]], [1.0], x).argmax(1) for n, x in enumerate(self.inputs)])
 
     def outputs(self, coefficients: Tensor, picked: Picked, *, held_out: bool = False, noise: int | None = None) -> list[Output]:
-        self.asked.append(picked)
+        (self.trained_on if coefficients.requires_grad else self.scored).append(picked)
         found = []
         for task, own in picked.items():
             rows = [n + self.rows * held_out for n in own]
@@ -92,6 +95,9 @@ class SmallProblem:
             labels = self.labels[task][rows] if self.labelled else None
             found.append(Output(self.forward(coefficients, x), labels))
         return found
+
+    def asked(self, picked: Picked, *, held_out: bool = False) -> list[int]:
+        return [len(rows) for rows in picked.values()]
 
     def forward(self, coefficients: Tensor, x: Tensor) -> Tensor:
         stacked = {m: concat([whole(a, m) for a in self.deltas]) for m in MODULES}

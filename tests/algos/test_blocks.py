@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import MODULE, dense, randn, random_delta
 from merge_algos import LowRankDelta, RankRule
-from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, remembered, row_ranges, truncated_svd
+from merge_algos.blocks import BLOCK_ENTRIES, BlockMatrix, entries_shared_by, remembered, row_ranges, truncated_svd
 from merge_algos.lowrank import SVD
 from merge_algos.magnitudes import magnitude_threshold
 from merge_algos.merge import build, reduce
@@ -252,3 +252,9 @@ def test_a_big_merge_never_holds_the_deltas() -> None:
     # four dense deltas of 4096 x 4096 are 256 MiB of float32
     ran = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=True, timeout=240)
     assert float(ran.stdout) < 200
+
+
+@pytest.mark.parametrize("adapters", [1, 8, 9, 32, 1000])
+def test_blocks_of_many_adapters_together_are_as_large_as_those_of_eight(adapters: int) -> None:
+    assert entries_shared_by(adapters) == BLOCK_ENTRIES * 8 // max(8, adapters)
+    assert adapters * entries_shared_by(adapters) <= 8 * BLOCK_ENTRIES

@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from learning_case import SmallProblem
+from learning_case import SmallProblem, adapters
 from merge_algos import learned
 from merge_algos.errors import InvalidParams, TrainingDiverged
 from merge_algos.learn.method import Learned
-from merge_algos.learn.objectives import IGNORED, Output, accuracy, cross_entropy, entropy, most_confident, pseudo_labels
+from merge_algos.learn.objectives import (
+    IGNORED,
+    Output,
+    accuracy,
+    calibrated,
+    cross_entropy,
+    entropy,
+    most_confident,
+    pseudo_labels,
+)
 from merge_algos.learn.problem import Picked
 from merge_algos.learn.training import State, held_out_accuracies, losses_of
 
@@ -80,6 +89,20 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole() -> None:
     assert math.isclose(whole.summed, pieces.summed, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["cross_entropy", "entropy"])
+def test_accumulating_is_the_same_training(objective: str) -> None:
+    """But for rounding: parts of unequal size too, since 8 rows make three."""
+    whole, parts = (run(method(objective=objective, init=0.3, accumulate=n, steps=4), SmallProblem()) for n in (1, 3))
+    assert (whole.pieces, parts.pieces) == (1, 3)
+    assert torch.allclose(torch.tensor(whole.theta), torch.tensor(parts.theta), atol=1e-4)
+
+
+def test_scoring_takes_no_more_rows_at_once_than_training() -> None:
+    problem = SmallProblem()
+    run(method(batch_size=8, accumulate=2), problem)
+    assert {len(rows) for picked in (*problem.scored, *problem.trained_on) for rows in picked.values()} == {4}
+
+
 def test_a_training_that_only_harms_keeps_its_start() -> None:
     problem, chosen = SmallProblem(), method(lr=100.0, evaluate_every=1)
     state = run(chosen, problem)
@@ -101,21 +124,20 @@ def test_tuned_is_the_best_of_one_number_for_all() -> None:
     problem, chosen = SmallProblem(), method(steps=0)
     (value,) = set(run(chosen, problem).best)
     picked = {n: range(problem.rows) for n in range(3)}
-    loss = lambda v: sum(losses_of(problem, "cross_entropy", torch.full((problem.layout.size,), v), picked))  # noqa: E731
+    loss = lambda v: sum(losses_of(problem, "cross_entropy", torch.full((problem.layout.size,), v), picked, at_once=8))  # noqa: E731
     assert loss(value) <= min(loss(other) for other in (0.0, 0.1, 0.3, 0.7, 1.0))
 
 
 def test_every_row_is_seen_once_in_an_epoch() -> None:
     problem = SmallProblem(rows=40)
     run(method(steps=5, evaluate_every=100, init=0.0), problem)
-    batches = [picked for picked in problem.asked if all(len(rows) == 8 for rows in picked.values())]
-    assert sorted(row for picked in batches for row in picked[1]) == list(range(40))
+    assert sorted(row for picked in problem.trained_on for row in picked[1]) == list(range(40))
 
 
 def test_rows_of_a_task_smaller_than_a_batch_are_all_used() -> None:
     problem = SmallProblem(rows=3)
     run(method(steps=2, evaluate_every=100, init=0.0), problem)
-    assert {len(picked[0]) for picked in problem.asked} >= {3}
+    assert [len(picked[0]) for picked in problem.trained_on] == [3, 3]
 
 
 def test_a_heavy_task_is_served_at_the_cost_of_the_others() -> None:
@@ -152,17 +174,29 @@ def test_ufm_without_a_row_to_trust_moves_nothing() -> None:
 
 
 def test_negation_forgets_one_task_and_keeps_the_others() -> None:
-    problem = SmallProblem(forget=(0,), rows=200)
-    chosen = method(objective="negation", init=0.5, steps=100)
+    first, *others = adapters()  # the first is the largest, so that there is a skill to forget
+    smaller = [{module: delta.scale(0.3) for module, delta in own.items()} for own in others]
+    problem = SmallProblem([first, *smaller], forget=(0,), rows=200, held_out=200)
+    chosen = method(objective="negation", init=1.0, steps=100)
     state = run(chosen, problem)
-    begun = torch.full((problem.layout.size,), 0.5)
-    before, after = (held_out_accuracies(problem, c) for c in (begun, best(chosen, problem, state)))
+    begun = torch.full((problem.layout.size,), 1.0)
+    before, after = (held_out_accuracies(problem, c, at_once=8) for c in (begun, best(chosen, problem, state)))
     assert after[0] < before[0] - 0.2
     assert sum(after[1:]) >= sum(before[1:]) - 0.1
 
 
 def test_cross_entropy_is_1_for_guessing() -> None:
     assert math.isclose(float(cross_entropy(torch.zeros(4, 30), torch.arange(4))), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("sureness", [0.3, 1.0, 3.5])
+def test_the_calibrated_loss_does_not_depend_on_how_sure_the_logits_are(sureness: float) -> None:
+    """Against the least over a fine grid, at any scale of the logits that the temperatures reach."""
+    drawn = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (400,), generator=drawn)
+    logits = torch.nn.functional.one_hot(labels, 5) + torch.randn(400, 5, generator=drawn)
+    best = min(float(cross_entropy(logits * scale, labels)) for scale in torch.linspace(0.2, 4, 200))
+    assert best - 1e-4 < float(calibrated(logits * sureness, labels).min()) < best + 0.01
 
 
 def test_tokens_that_nothing_is_asked_of_do_not_count() -> None:
@@ -221,7 +255,7 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step() -> None:
     class Broken(SmallProblem):
         def outputs(self, coefficients: Tensor, picked: Picked, **how: Any) -> list[Output]:
             found = super().outputs(coefficients, picked, **how)
-            if coefficients.requires_grad and len(self.asked) > 8:
+            if coefficients.requires_grad and len(self.trained_on) > 8:
                 return [Output(o.logits * math.nan, o.labels) for o in found]
             return found
 
@@ -237,7 +271,8 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step() -> None:
     ("field", "value"),
     [
         ("task_type", "vision"), ("objective", "mse"), ("granularity", "layer"), ("pooling", "max"), ("init", math.nan),
-        ("steps", -1), ("steps", 1.5), ("batch_size", 0), ("evaluate_every", 0), ("patience", 0), ("max_length", 1),
+        ("steps", -1), ("steps", 1.5), ("batch_size", 0), ("accumulate", 0), ("evaluate_every", 0), ("patience", 0),
+        ("max_length", 1),
         ("trusted", -1), ("epochs", math.inf), ("lr", -0.1), ("weight_decay", math.nan), ("held_out", 0.0), ("held_out", 1.5),
         ("threshold", 2.0), ("truncate", 1),
     ],

@@ -34,9 +34,9 @@ REMARKS = f"""\
   into a convolution.
 - **Shapes that a file does not say.** VeRA, PVeRA, MiSS and RandLoRA do not save how wide a layer is. They merge with any
   adapter of the same layers that says so; one of weight 0 will do.
-- **Bounds.** The factors of one module hold at most {MAX_FACTOR_ENTRIES} numbers ({MIB} MiB of float32), which is checked in
-  the header, before anything is read; forming them takes about three times their size. A rank above the smaller side of a
-  layer is cut to it without loss.
+- **Bounds.** Where a kind's factors are larger than its file, those of one module hold at most {MAX_FACTOR_ENTRIES} numbers
+  ({MIB} MiB of float32), which is checked before any tensor is read; forming them takes at most twice that in memory. A rank
+  above the smaller side of a layer is cut to it without loss.
 - **Nothing is left over.** One tensor that no kind reads, or one flag that is unknown, refuses the adapter. Saved embeddings
   (`save_embedding_layers`), `modules_to_save`, biases and trained tokens are such tensors.
 """

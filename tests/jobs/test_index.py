@@ -1,5 +1,8 @@
 """The index over SQLite: what each method promises, and that the schema does not drift from its migrations."""
 
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Engine, func, select
 
+import storage.migrations
 from indexing import JOB, OTHER, record
 from storage.database import reading, upgrade
 from storage.index import Index, Result
@@ -25,6 +29,28 @@ def test_upgrading_twice_changes_nothing(engine: Engine, index: Index, tmp_path:
     index.add(record())
     upgrade(engine, tmp_path / "lock")
     assert index.get(record().id) == record()
+
+
+def test_migrations_are_called_by_their_numbers() -> None:
+    """By which a database that is current is known."""
+    folder = Path(storage.migrations.__file__).parent / "versions"
+    revisions = {
+        path.stem: import_module(f"storage.migrations.versions.{path.stem}").revision for path in folder.glob("[0-9]*.py")
+    }
+    assert len(revisions) > 2
+    assert {stem.partition("_")[0] for stem in revisions} == set(revisions.values())
+
+
+def test_a_current_database_is_opened_without_alembic(engine: Engine, tmp_path: Path) -> None:
+    """Which takes a process that starts half a second."""
+    program = f"""
+import sys
+from pathlib import Path
+from storage.database import connect, upgrade
+upgrade(connect({str(engine.url)!r}), Path({str(tmp_path / "lock")!r}))
+sys.exit("alembic" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 # adapters

@@ -12,19 +12,22 @@ import torch
 from safetensors.torch import save
 
 from learning_jobs import add_file, run
-from llama import LLAMA_TEXTS, write_llama
+from llama import LLAMA_TEXTS, write_llama, write_llama_gguf
 from making import make
 from serving import Server, eventually, serving
 
 pytestmark = pytest.mark.timeout(600)
 
-LONG = 300  # steps: some seconds
+LONG = 1500  # steps: some seconds, and several checkpoints on any machine
+ENDLESS = 1_000_000
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bases")
     write_llama(root / "llama")
+    (root / "quantised").mkdir()
+    write_llama_gguf(root / "quantised", root / "llama")
     return root
 
 
@@ -34,13 +37,13 @@ def language(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[
         yield running
 
 
-def llama_request(server: Server, **parameters: Any) -> dict[str, Any]:
+def llama_request(server: Server, base: str = "llama", **parameters: Any) -> dict[str, Any]:
     kinds = {"q_proj": (32, 32), "v_proj": (16, 32)}
     shapes = {f"model.layers.{n}.self_attn.{kind}": shape for n in range(2) for kind, shape in kinds.items()}
     rows = [{"text": text, "prompt": "one is", "label": n % 3} for n, text in enumerate(LLAMA_TEXTS * 4)]
     return {
         "method": "atlas",
-        "base_model": "dir:llama",
+        "base_model": f"dir:{base}",
         "parameters": {"steps": 6, "evaluate_every": 2, "init": 0.0, **parameters},
         "adapters": [{"source": server.add(make(seed, shapes=shapes)), "name": f"a{seed}"} for seed in range(2)],
         "tasks": [{"name": "colours", "data": add_file(server, "".join(json.dumps(row) + "\n" for row in rows).encode())}],
@@ -56,6 +59,12 @@ def test_a_language_model_learns(language: Server, more: dict[str, str]) -> None
     curve = job["certificate"]["training"]["curve"]
     assert [point["step"] for point in curve] == [0, 2, 4, 6]
     assert max(point["score"] for point in curve) >= curve[0]["score"]
+
+
+def test_a_gguf_is_a_base_model_too(language: Server) -> None:
+    job = run(language, llama_request(language, base="quantised"))
+    assert job["state"] == "succeeded", job["error"]
+    assert job["certificate"]["training"]["step"] == 6
 
 
 def test_a_classifier_with_heads_of_the_tasks(language: Server) -> None:
@@ -75,8 +84,8 @@ def test_labels_that_the_models_own_head_lacks_fail_the_job(language: Server) ->
 # Interruptions
 
 
-def long_request(server: Server, seed: int) -> dict[str, Any]:
-    return {**llama_request(server, steps=LONG, evaluate_every=200, patience=10**6), "seed": seed}
+def long_request(server: Server, seed: int, steps: int = LONG) -> dict[str, Any]:
+    return {**llama_request(server, steps=steps, evaluate_every=200, patience=10**6), "seed": seed}
 
 
 def step_of(server: Server, job: str, least: int) -> int | None:
@@ -108,10 +117,10 @@ def test_kill_9_goes_on_from_the_last_checkpoint_to_the_same_bytes(bases: Path, 
 
 
 def test_cancelling_stops_at_once_and_keeps_what_was_learned(language: Server) -> None:
-    job = language.http.post("/merge", json=long_request(language, 1)).json()["id"]
+    job = language.http.post("/merge", json=long_request(language, 1, ENDLESS)).json()["id"]
     reached(language, job, 1)
     view = language.http.get(f"/jobs/{job}").json()
-    assert (view["progress"]["stage"], view["progress"]["total"]) == ("learn", LONG)
+    assert (view["progress"]["stage"], view["progress"]["total"]) == ("learn", ENDLESS)
     assert view["learning"]["curve"][0]["step"] == 0
     child = language.processes()["child"]
     started = time.monotonic()

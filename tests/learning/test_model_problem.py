@@ -15,13 +15,14 @@ from app.errors import BadBase, BadData
 from app.learning.model import classes_of, load_base, pad_token, take_off_head
 from app.learning.problem import ModelProblem, linear_head, mean_pooled
 from app.learning.rows import Limits, Rows, classified, continued, split
-from llama import LLAMA_TEXTS, write_llama
+from llama import LLAMA_TEXTS, write_llama, write_llama_gguf
 from making import dense_directory
 from merge_algos import LowRankDelta, formats
 from merge_algos.learn.attach import check_modules
 from merge_algos.learn.layout import lay_out
 from merge_algos.learn.objectives import IGNORED
 from merge_algos.learn.problem import Task
+from merge_algos.learned.atlas import Atlas
 from merge_algos.lowrank import concat
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -204,6 +205,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("llama"))
 
 
+def test_a_gguf_is_the_model_it_was_made_of(llama: Path, tmp_path: Path) -> None:
+    write_llama_gguf(tmp_path, llama).joinpath("tiny.gguf").rename(tmp_path / "model.gguf")
+    tokens = torch.tensor([[0, 3, 5, 7, 9]])
+    with torch.no_grad():
+        ours, theirs = (load_base(folder, "causal_lm", CPU)[0](input_ids=tokens).logits for folder in (tmp_path, llama))
+    assert torch.equal(ours, theirs)
+
+
 def test_every_token_but_those_of_a_prompt_is_to_be_predicted(llama: Path) -> None:
     _, tokenizer = load_base(llama, "causal_lm", CPU)
     rows = continued("t", tokenizer, [LLAMA_TEXTS[0]], [LLAMA_TEXTS[1]], LIMITS)
@@ -245,6 +254,19 @@ def language_problem(model: Any, rows: Rows, pad: int) -> ModelProblem:
         per_pass=2,
         device=CPU,
     )
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_batch_of_texts_add_up_to_its_gradient(llama: Path, parts: int) -> None:
+    """Texts have unequal numbers of tokens, and the mean is over tokens."""
+    model, tokenizer = load_base(llama, "causal_lm", CPU)
+    rows = continued("t", tokenizer, None, LLAMA_TEXTS, LIMITS)
+    problem = language_problem(model, rows, pad_token(tokenizer))
+    whole, cut = (Atlas(steps=1, init=0.3, batch_size=4, accumulate=n) for n in (1, parts))
+    states = [each.advance(problem, each.begin(problem, seed=0), seed=0, steps=1) for each in (whole, cut)]
+    assert len({len(tokens) for tokens in rows.tokens}) > 1
+    assert states[0].first == pytest.approx(states[1].first, rel=1e-4)
+    assert [s.curve[-1].loss for s in states] == pytest.approx([states[0].curve[-1].loss] * 2, rel=1e-5)
 
 
 def test_a_row_without_a_token_to_predict_is_refused(llama: Path) -> None:
