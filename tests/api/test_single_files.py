@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asking import Preloaded, problem
 from hub_server import HubServer
-from making import Made, image_deltas, image_factors, make, make_diffusers, make_kohya
+from making import Made, Single, image_deltas, image_factors, make, make_diffusers, make_kohya
 from serving import Server
 
 WEIGHTS = "adapter_model.safetensors"
@@ -92,6 +92,30 @@ def test_every_naming_of_one_model_merges_with_the_others(server: Server, rank: 
     expected = added((0.7, image_deltas(11, scaling=0.25)), (-0.4, image_deltas(12)), (0.3, image_deltas(13, scaling=2)))
     assert job["state"] == "succeeded", job["error"]
     assert_close(dense(server, job["result"]["id"]), expected)
+
+
+def make_loha(seed: int, r: int = 2) -> tuple[Single, dict[str, Tensor]]:
+    """As LyCORIS saves it, convolutions flattened, alpha 1; and its dense deltas."""
+    generator, tensors, dense_ = torch.Generator().manual_seed(seed), {}, {}
+    for module, delta in image_deltas(0).items():
+        d_out, d_in = delta.shape
+        shapes = {"w1_a": (d_out, r), "w1_b": (r, d_in), "w2_a": (d_out, r), "w2_b": (r, d_in)}
+        drawn = {half: torch.randn(shape, generator=generator) for half, shape in shapes.items()}
+        name = f"lora_unet_{module.replace('.', '_')}"
+        tensors |= {f"{name}.hada_{half}": tensor for half, tensor in drawn.items()} | {f"{name}.alpha": torch.tensor(1.0)}
+        wide = {half: tensor.double() for half, tensor in drawn.items()}
+        dense_[module] = (wide["w1_a"] @ wide["w1_b"]) * (wide["w2_a"] @ wide["w2_b"]) / r
+    return Single(tensors, metadata={"ss_base_model_version": BASE}), dense_
+
+
+def test_kinds_and_namings_merge_together(server: Server) -> None:
+    loha, of_loha = make_loha(51)
+    rslora = Made(peft(52).tensors, {**peft(52).config, "use_rslora": True})
+    inputs = [server.add(made) for made in (make_kohya(53), loha, rslora)]
+    job = server.merge(*inputs, weights=[0.5, -1.0, 2.0], dtype="float32")
+    assert job["state"] == "succeeded", job["error"]
+    terms = (0.5, image_deltas(53, scaling=0.5)), (-1.0, of_loha), (2.0, image_deltas(52, scaling=4 / 2**0.5))
+    assert_close(dense(server, job["result"]["id"]), added(*terms))
 
 
 def test_the_merge_of_a_unet_loads_in_peft(server: Server, tmp_path: Path) -> None:
