@@ -96,11 +96,6 @@ def spec(*modules: str) -> AdapterSpec:
 
 KNOWN, PARTLY = "unet.mid_block.attentions.0.proj_in", "unet.some.layer"
 PLAIN, OPAQUE = "model.layers.0.q_proj", "lora_unet_some_layer"
-    "unet.mid_block.attentions.0.proj_in",
-    "unet.some.layer",
-    "model.layers.0.q_proj",
-    "lora_unet_some_layer",
-)
 
 
 @pytest.mark.parametrize("pair", [(KNOWN, PARTLY), (KNOWN, OPAQUE), (OPAQUE, OPAQUE), (PLAIN, PLAIN), (PARTLY, PARTLY)])
