@@ -1,12 +1,18 @@
 """Shared fixtures: one service for all tests that only talk to it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from serving import Server, serving
 
-LONGEST = ("test_kill.py", "test_codecs.py", "test_survey_job.py")
+LONGEST = ("test_kill.py", "test_worker.py", "test_cancel.py", "test_basis_job.py", "test_language_jobs.py", "test_survey_job.py")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Three processes to two cores: part of their time goes by while they wait for services."""
+    return min(8, (3 * (os.cpu_count() or 1) + 1) // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

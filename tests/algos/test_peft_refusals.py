@@ -212,9 +212,9 @@ def describe_tensors(shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(a|a)*b", "(.*a){25}b", "((a*)*)*b"])
 @pytest.mark.parametrize("modules", [1, 500])
 def test_a_hostile_pattern_ends_quickly(pattern: str, modules: int) -> None:
-    started_at = time.monotonic()
+    started_at = time.process_time()  # so that it does not count what else the machine does
     quietly_describe(pattern, [f"layers.{n}.{'a' * 40}!" for n in range(modules)])
-    assert time.monotonic() - started_at < 2.0
+    assert time.process_time() - started_at < 2.0
 
 
 @pytest.mark.parametrize("modules", [1, 500])

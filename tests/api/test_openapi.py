@@ -58,7 +58,7 @@ def existing(server: Server) -> dict[str, str]:
 def test_what_exists_is_answered_as_announced(server: Server, existing: dict[str, str], operation: APIOperation) -> None:
     wanted = {parameter.name: existing[parameter.name] for parameter in operation.path_parameters}
     answer = operation.Case(path_parameters=wanted).call_and_validate(base_url=server.url, checks=CHECKS)
-    assert answer.status_code == 200
+    assert answer.status_code == (404 if operation.path.endswith("/curve.svg") else 200)  # this job has learned nothing
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
