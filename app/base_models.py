@@ -13,8 +13,8 @@ from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
 from storage.errors import BadSource, BlobTooLarge, InvalidTensorFile, NoBaseModel
 from storage.index import now
-from storage.library import BaseRecord
 from storage.manifest import MEDIA_BASE, MEDIA_JSON, MEDIA_TENSORS, BaseManifest
+from storage.materials import BaseRecord
 from storage.model_folders import make_folder
 from storage.sources.hub import HubListing, HubRef
 from storage.tensors import read_header
@@ -77,7 +77,7 @@ def restrictions(services: Services, base: Digest) -> tuple[str, ...]:
 
 
 def _pin_hub(services: Services, ref: HubRef, token: str | None) -> str:
-    known = services.library.base_from(str(ref))
+    known = services.materials.base_from(str(ref))
     if known is not None and not known.restricted:
         return str(ref)
     listing, chosen = _choose(services, ref, token=token)
@@ -112,12 +112,12 @@ def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, st
 
 
 def _held(services: Services, ref: HubRef) -> Digest | None:
-    known = services.library.base_from(str(ref))
+    known = services.materials.base_from(str(ref))
     return known.id if known is not None and ingest.complete(services, known.id) else None
 
 
 def _known(services: Services, digest: Digest, token: str | None) -> Digest:
-    record = services.library.base(digest)
+    record = services.materials.base(digest)
     if record is None or not ingest.complete(services, digest):
         raise UnknownBaseModel(str(digest))
     ingest.check_access(services, record, token=token)
@@ -164,7 +164,7 @@ def _record(services: Services, files: Mapping[str, Descriptor], source: str, re
     _check(services.blobs, files, source)
     stored = services.blobs.put([BaseManifest(files, source).to_bytes()], media_type=MEDIA_BASE)
     size_bytes = sum(part.size_bytes for part in files.values())
-    services.library.add_base(BaseRecord(stored.digest, source, size_bytes, restricted, now()))
+    services.materials.add_base(BaseRecord(stored.digest, source, size_bytes, restricted, now()))
     return stored.digest
 
 

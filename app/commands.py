@@ -236,8 +236,8 @@ def parse_request(body: Mapping[str, Any]) -> MergeRequest:
 
 
 def _live(services: Services) -> Iterator[Digest]:
-    yield from services.library.files()
-    for artefact in (*services.index.artefacts(), *services.library.bases(), *_in_use(services)):
+    yield from services.materials.files()
+    for artefact in (*services.index.artefacts(), *services.materials.bases(), *_in_use(services)):
         yield artefact
         yield from _parts(services, artefact)
     yield from (checkpoint.digest for checkpoint in services.jobs.live_checkpoints())

@@ -10,7 +10,7 @@ from app.services import Services
 from storage.digest import Descriptor, Digest
 from storage.errors import BadSource, BlobTooLarge
 from storage.index import now
-from storage.library import FileRecord
+from storage.materials import FileRecord
 from storage.sources.hub import HubListing, HubRef
 
 MEDIA_DATA = "application/octet-stream"
@@ -35,7 +35,7 @@ def add(services: Services, chunks: Iterable[bytes]) -> FileRecord:
 
 def get(services: Services, data: Digest) -> FileRecord:
     """Raises UnknownData for a file that is not known, or no longer here."""
-    record = services.library.file(data)
+    record = services.materials.file(data)
     if record is None or services.blobs.stat(data) != record.size_bytes:
         raise UnknownData(str(data))
     return record
@@ -122,7 +122,7 @@ def _import(
 
 def _held(services: Services, ref: HubRef, split: str) -> tuple[FileRecord, ...]:
     """The files of this split at this commit if all of them are here, else none."""
-    found = services.library.files_from(f"{ref}#{split}/") if ref.is_commit else ()
+    found = services.materials.files_from(f"{ref}#{split}/") if ref.is_commit else ()
     whole = [f"{ref}#{split}/{number:05d}-of-{len(found):05d}" for number in range(len(found))]
     if [record.source for record in found] != whole:
         return ()
@@ -142,8 +142,8 @@ def _rows_only(record: FileRecord) -> FileRecord:
 def _record(services: Services, stored: Descriptor, *, source: str, restricted: tuple[str, ...]) -> FileRecord:
     found = data_formats.recognise(services.blobs.path(stored.digest))
     record = FileRecord(stored.digest, found.kind, found.rows, found.columns, stored.size_bytes, restricted, source, now())
-    services.library.add_file(record)
-    return services.library.file(stored.digest) or record
+    services.materials.add_file(record)
+    return services.materials.file(stored.digest) or record
 
 
 def _dataset_ref(source: str) -> HubRef:

@@ -41,7 +41,7 @@ def list_there(url: str, console: Console) -> None:
 
 def _all(services: Services) -> Iterator[Mapping[str, Any]]:
     after = None
-    while page := services.library.page_of_files(limit=_PAGE, after=after):
+    while page := services.materials.page_of_files(limit=_PAGE, after=after):
         yield from (data_view(record).model_dump(mode="json") for record in page)
         after = (page[-1].created_at, str(page[-1].id))
 

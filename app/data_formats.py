@@ -10,7 +10,7 @@ from typing import Any
 from app.adapters import TORCH_DTYPES, read_tensor
 from app.errors import InvalidData, MissingColumn, NotInstalled
 from merge_algos.formats.spec import check_finite
-from storage.library import Kind
+from storage.materials import Kind
 from storage.tensors import LENGTH_BYTES, TensorFile, open_tensors
 
 _PARQUET_MAGIC = b"PAR1"

@@ -156,7 +156,7 @@ def restrictions(services: Services, inputs: Iterable[Digest]) -> tuple[str, ...
 
 
 def _restrictions(services: Services, parent: Digest) -> tuple[str, ...]:
-    record = services.index.get(parent) or services.index.get_basis(parent) or services.library.base(parent)
+    record = services.index.get(parent) or services.index.get_basis(parent) or services.materials.base(parent)
     if record is not None:
         return record.restricted
     with services.blobs.open(parent) as stream:

@@ -10,7 +10,7 @@ from storage.files import FileBlobs
 from storage.index import Index
 from storage.jobs import Jobs
 from storage.layout import Layout
-from storage.library import Library
+from storage.materials import Materials
 from storage.sources.hub import Hub
 
 _ORPHAN_AGE_S = 3600.0  # longer than any live writer pauses between two chunks
@@ -25,7 +25,7 @@ class Services:
     blobs: BlobStore
     index: Index
     jobs: Jobs
-    library: Library
+    materials: Materials
     hub: Hub
 
     @classmethod
@@ -36,7 +36,7 @@ class Services:
         upgrade(engine, layout.locks / "migrate")
         blobs = FileBlobs(settings.data_dir)
         blobs.sweep(older_than_s=_ORPHAN_AGE_S)
-        return cls(settings, layout, blobs, Index(engine), Jobs(engine), Library(engine), hub(settings))
+        return cls(settings, layout, blobs, Index(engine), Jobs(engine), Materials(engine), hub(settings))
 
 
 def hub(settings: Settings) -> Hub:

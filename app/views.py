@@ -28,7 +28,7 @@ from merge_algos import catalogue, post
 from storage.digest import Digest
 from storage.index import AdapterRecord, BasisRecord, Result
 from storage.jobs import Job
-from storage.library import FileRecord
+from storage.materials import FileRecord
 
 
 def job_view(services: Services, job: Job, *, detail: bool = False) -> JobView:

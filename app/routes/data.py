@@ -14,7 +14,7 @@ from app.schemas import DataList, DataView, problems
 from app.services import Services
 from app.views import data_view
 from storage.digest import Digest
-from storage.library import FileRecord
+from storage.materials import FileRecord
 
 router = APIRouter(tags=["data"])
 
@@ -38,7 +38,7 @@ async def add_data(request: Request, response: Response, services: UsesServices)
 @router.get("/data")
 def list_data(services: UsesServices, limit: Limit = 50, cursor: Cursor = None) -> DataList:
     """Newest first, a page at a time."""
-    found = services.library.page_of_files(limit=limit + 1, after=parse_cursor(cursor))
+    found = services.materials.page_of_files(limit=limit + 1, after=parse_cursor(cursor))
     page, more = found[:limit], len(found) > limit
     following = make_cursor(page[-1].created_at, page[-1].id) if more else None
     return DataList(data=[data_view(record) for record in page], next=following)
@@ -53,7 +53,7 @@ def show_data(data_id: str, services: UsesServices) -> DataView:
 @router.delete("/data/{data_id}", status_code=204)
 def forget_data(data_id: str, services: UsesServices) -> None:
     """Forget a data file. `braid store gc` frees the bytes once no job uses them."""
-    services.library.forget(data.get(services, Digest.parse(data_id)).id)
+    services.materials.forget(data.get(services, Digest.parse(data_id)).id)
 
 
 async def _upload(request: Request, services: Services) -> FileRecord:

@@ -241,7 +241,7 @@ def test_a_model_forgotten_meanwhile_is_as_private_as_before(services: Services,
     mine = base_models.obtain(services, base_models.pin(services, "hub:org/mine", token="hf_mine"))
     recipe = recipe_in(services, token="hf_mine", tuned=str(mine))
     known = base_models.restrictions(services, mine)
-    services.library.forget(mine)
+    services.materials.forget(mine)
     record = services.index.get(run(services, recipe))
     assert record is not None and record.restricted == known != ()
 

@@ -172,7 +172,7 @@ def test_what_makes_no_base_model_is_refused_and_not_recorded(
     write(bases_dir / "bad", files)
     with pytest.raises(error, match=mention):
         pinned(services, "dir:bad")
-    assert services.library.bases() == ()
+    assert services.materials.bases() == ()
 
 
 def test_a_directory_above_the_limit_is_refused(settings: Settings, bases_dir: Path) -> None:
@@ -193,10 +193,10 @@ def test_a_directory_above_the_limit_is_refused(settings: Settings, bases_dir: P
 def test_a_branch_is_pinned_and_fetched_later(services: Services, hub: HubServer) -> None:
     commit = hub.add_repo("org/base", {**tiny(), "README.md": b"hello", "sub/model.safetensors": b"other"})
     pin = pinned(services, "hub:org/base")
-    assert pin == f"hub:org/base@{commit}" and services.library.bases() == ()
+    assert pin == f"hub:org/base@{commit}" and services.materials.bases() == ()
     base = base_models.obtain(services, pin)
     assert base_models.read(services, base).parts.keys() == tiny().keys()
-    assert services.library.base_from(pin) == services.library.base(base)
+    assert services.materials.base_from(pin) == services.materials.base(base)
 
 
 def test_a_folder_of_a_repository_is_a_base_of_its_own(services: Services, hub: HubServer) -> None:
@@ -299,7 +299,7 @@ def test_another_caller_gets_it_by_no_name(services: Services, guarded: str, tok
 def test_a_forgotten_base_is_as_private_as_before(services: Services, guarded: str) -> None:
     base = base_models.obtain(services, pinned(services, guarded, MINE))
     known = base_models.restrictions(services, base)
-    services.library.forget(base)
+    services.materials.forget(base)
     assert base_models.restrictions(services, base) == known
 
 

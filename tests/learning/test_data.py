@@ -92,7 +92,7 @@ def test_a_head_may_go_without_bias(services: Services) -> None:
 
 def test_adding_twice_is_adding_once(services: Services) -> None:
     first, second = add(services, jsonl(*ROWS)), add(services, jsonl(*ROWS))
-    assert first == second and services.library.page_of_files(limit=9) == [first]
+    assert first == second and services.materials.page_of_files(limit=9) == [first]
 
 
 values = st.recursive(
@@ -154,7 +154,7 @@ def test_any_json_comes_back_as_it_was(tmp_path: Path, rows: list[dict[str, Any]
 def test_what_is_no_data_file_is_refused_with_the_reason(services: Services, content: bytes, mention: str) -> None:
     with pytest.raises((InvalidData, InvalidTensorFile), match=f"(?s){mention}"):
         add(services, content)
-    assert services.library.files() == ()
+    assert services.materials.files() == ()
 
 
 @pytest.mark.parametrize("content", [head()[:-1], head()[:20], b"\x10\0\0\0\0\0\0\0", head() + b"x"])
@@ -253,7 +253,7 @@ def test_garbage_collection_keeps_what_is_known_and_frees_what_is_forgotten(serv
     record = add(services, jsonl(*ROWS))
     collect_garbage(services.settings, 0)
     assert data.get(services, record.id) == record
-    services.library.forget(record.id)
+    services.materials.forget(record.id)
     with pytest.raises(UnknownData):
         data.get(services, record.id)
     collect_garbage(services.settings, 0)
@@ -264,6 +264,6 @@ def test_garbage_collection_keeps_what_is_known_and_frees_what_is_forgotten(serv
 def test_a_forgotten_file_of_a_job_under_way_is_kept(services: Services, content: bytes) -> None:
     record, job = add(services, content), Digest.of(b"job")
     services.jobs.submit(job, 1, method="x", recipe={"adapters": [], "data": [{"source": str(record.id)}], "name": "sha256:no"})
-    services.library.forget(record.id)
+    services.materials.forget(record.id)
     collect_garbage(services.settings, 0)
     assert services.blobs.stat(record.id) == len(content)

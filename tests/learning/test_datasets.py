@@ -54,7 +54,7 @@ def pinned(services: Services, source: str = SOURCE, split: str = "train", token
 def test_a_split_is_pinned_then_fetched_in_the_order_of_its_files(services: Services, hub: HubServer) -> None:
     commit = hub.add_repo(REPO, FILES)
     pin = pinned(services)
-    assert pin == f"{SOURCE}@{commit}" and services.library.files() == ()
+    assert pin == f"{SOURCE}@{commit}" and services.materials.files() == ()
     assert texts(services, data.obtain(services, pin, "train")) == ["shard 0", "shard 1"]
     assert texts(services, data.obtain(services, pin, "test")) == ["test"]
 
@@ -113,7 +113,7 @@ def test_what_lost_a_file_is_fetched_again(services: Services, hub: HubServer) -
     hub.add_repo(REPO, FILES)
     pin = pinned(services)
     held = data.obtain(services, pin, "train")
-    services.library.forget(held[1])
+    services.materials.forget(held[1])
     services.blobs.delete(held[0])
     assert data.obtain(services, pin, "train") == held
     assert texts(services, held) == ["shard 0", "shard 1"]
@@ -187,7 +187,7 @@ def test_a_file_that_arrives_changed_is_refused(services: Services, hub: HubServ
     hub.fail("train.parquet", "corrupt", times=9, at=20)
     with pytest.raises(DigestMismatch):
         data.obtain(services, pin, "train")
-    assert services.library.files() == ()
+    assert services.materials.files() == ()
 
 
 def test_a_split_above_the_limit_is_refused_before_a_byte_is_read(settings: Settings, hub: HubServer) -> None:

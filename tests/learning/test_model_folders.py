@@ -54,7 +54,7 @@ def test_garbage_collection_keeps_a_base_with_all_its_files(services: Services, 
 
 def test_a_forgotten_base_is_collected_with_its_folder(services: Services, base: Digest) -> None:
     folder = base_models.folder(services, base)
-    assert services.library.forget(base)
+    assert services.materials.forget(base)
     collect_garbage(services.settings, 0)
     assert list(services.blobs.digests()) == [] and not folder.exists()
 
@@ -62,7 +62,7 @@ def test_a_forgotten_base_is_collected_with_its_folder(services: Services, base:
 def test_what_a_job_under_way_was_promised_is_kept(services: Services, base: Digest) -> None:
     recipe = {"adapters": [], "learn": {"base_model": str(base), "data": [{"source": "hub:org/x"}]}}
     services.jobs.submit(Digest.of(b"job"), 1, method="x", recipe=recipe)
-    services.library.forget(base)
+    services.materials.forget(base)
     collect_garbage(services.settings, 0)
     assert ingest.complete(services, base)
     services.jobs.finish(Digest.of(b"job"), 1, "failed")

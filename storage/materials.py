@@ -43,7 +43,7 @@ class BaseRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Library:
+class Materials:
     """Rows about base models and data files. Every write is one transaction and may be repeated without effect."""
 
     engine: Engine
