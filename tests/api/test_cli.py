@@ -26,6 +26,7 @@ COMMANDS = [
     "reconstruct",
     "import",
     "convert",
+    "extract",
     "demo",
     "rmm show",
     "data add",
