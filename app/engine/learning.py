@@ -207,7 +207,8 @@ def _as_it_is(features: torch.Tensor) -> torch.Tensor:
 
 def _rows(services: Services, task: RecipeTask, classes: Mapping[str, int] | int, *, method: Learned, tokenizer: Any) -> Rows:
     limits = Limits(min(method.max_length, tokenizer.model_max_length), method.truncate)
-    wanted = [name for name in (task.text, task.prompt, task.label) if name]
+    label = task.label if method.labelled and method.task_type != "causal_lm" else None
+    wanted = [name for name in (task.text, task.prompt, label) if name]
     parts = [data.read_columns(services, Digest.parse(part), wanted) for part in task.data]
     found = {name: [value for part in parts for value in part[name]] for name in wanted}
     texts = found[task.text]
@@ -215,5 +216,5 @@ def _rows(services: Services, task: RecipeTask, classes: Mapping[str, int] | int
         raise BadData(task.name, f"{len(texts)} rows are too few: some are trained on, some held out")
     if method.task_type == "causal_lm":
         return reading.continued(task.name, tokenizer, found[task.prompt] if task.prompt else None, texts, limits)
-    labels = found[task.label] if task.label and method.labelled else None
+    labels = found[label] if label else None
     return reading.classified(task.name, tokenizer, texts, labels, classes, limits)

@@ -40,7 +40,8 @@ def language(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Iterator[
 def llama_request(server: Server, base: str = "llama", **parameters: Any) -> dict[str, Any]:
     kinds = {"q_proj": (32, 32), "v_proj": (16, 32)}
     shapes = {f"model.layers.{n}.self_attn.{kind}": shape for n in range(2) for kind, shape in kinds.items()}
-    rows = [{"text": text, "prompt": "one is", "label": n % 3} for n, text in enumerate(LLAMA_TEXTS * 4)]
+    classes = [{"label": n % 3} if "task_type" in parameters else {} for n in range(4 * len(LLAMA_TEXTS))]
+    rows = [{"text": text, "prompt": "one is", **own} for text, own in zip(LLAMA_TEXTS * 4, classes, strict=True)]
     return {
         "method": "atlas",
         "base_model": f"dir:{base}",

@@ -135,6 +135,16 @@ def test_every_method_that_learns(server: Server, method: str, parameters: dict[
     assert job["certificate"]["training"]["step"] == 2
 
 
+def test_rows_without_labels_are_enough_where_nothing_needs_them(server: Server) -> None:
+    body = request(server, method="adamerging", rows=10, steps=2)
+    for task in body["tasks"]:
+        task["data"] = add_file(
+            server, "".join(json.dumps({"text": f"row {n} of {task['name']}"}) + "\n" for n in range(8)).encode()
+        )
+    job = run(server, body)
+    assert job["state"] == "succeeded", job["error"]
+
+
 def test_a_rank_cuts_the_result(server: Server) -> None:
     job = run(server, {**request(server, steps=0, rows=10), "rank": 8})
     assert job["certificate"]["totals"]["rank"] == 8
