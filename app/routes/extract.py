@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Response
 from app.engine.queue import JobQueue
 from app.extract.request import resolve_extraction
 from app.routes.deps import UsesQueue, UsesServices, UsesToken, require_json
-from app.routes.merge import Prefer, answered
+from app.routes.merge import Prefer, answered, submitted
 from app.schemas import ExtractRequest, JobView, problems
 from app.services import Services
 from storage.jobs import Job
@@ -35,7 +35,4 @@ async def extract(
 
 
 def _submit(request: ExtractRequest, services: Services, queue: JobQueue, token: str | None) -> Job:
-    recipe = resolve_extraction(request, services, token=token)
-    if request.name is not None:
-        services.index.request_name(request.name, recipe.digest)
-    return queue.submit(recipe)
+    return submitted(resolve_extraction(request, services, token=token), request.name, services, queue)

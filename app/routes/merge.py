@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Response
 
 from app.engine.queue import JobQueue
+from app.recipe import Recipe
 from app.resolve import resolve
 from app.routes.deps import UsesQueue, UsesServices, UsesToken, require_json
 from app.schemas import JobView, MergeRequest, problems
@@ -49,9 +50,13 @@ async def answered(job: Job, response: Response, services: Services, prefer: str
 
 
 def submit(request: MergeRequest, services: Services, queue: JobQueue, token: str | None) -> Job:
-    recipe = resolve(request, services, token=token)
-    if request.name is not None:
-        services.index.request_name(request.name, recipe.digest)
+    return submitted(resolve(request, services, token=token), request.name, services, queue)
+
+
+def submitted(recipe: Recipe, name: str | None, services: Services, queue: JobQueue) -> Job:
+    """The job of a recipe, whose result is to be known by this name as well, if there is one."""
+    if name is not None:
+        services.index.request_name(name, recipe.digest)
     return queue.submit(recipe)
 
 
