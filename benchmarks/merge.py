@@ -211,7 +211,7 @@ def their_cells(row: dict[str, Any]) -> tuple[str, str, str]:
 def set_table(layers: int, count: int, cases: Sequence[tuple[str, int | None]]) -> Table:
     """The whole set, end to end, each case from the same stored adapters."""
     table = Table(title=f"{layers} layers x {{4 x 4096², 3 x 4096x11008}}, {count} adapters of rank {RANK}, bfloat16 files")
-    for heading in ("case", "wall", "copy", "wall/copy", "peak RSS over import", "inputs", "result"):
+    for heading in ("case", "wall", "copy", "wall/copy", "peak RSS", "over import", "inputs", "result"):
         table.add_column(heading, justify="right")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="braid-bench-") as folder:
@@ -220,7 +220,7 @@ def set_table(layers: int, count: int, cases: Sequence[tuple[str, int | None]]) 
         for method, rank in cases:
             r = measure(services, inputs, method, RankRule(max=rank), console)
             case = f"{method}, {f'rank {rank}' if rank else 'exact'}"
-            sizes = (f"{r.above_import_mib:.0f} MiB", f"{r.input_mib:.0f} MiB", f"{r.result_mib:.0f} MiB")
+            sizes = [f"{size:.0f} MiB" for size in (r.peak_rss_mib, r.above_import_mib, r.input_mib, r.result_mib)]
             table.add_row(case, f"{r.wall_s:.1f} s", f"{r.copy_s:.1f} s", f"{r.wall_s / r.copy_s:.1f}", *sizes)
     return table
 

@@ -19,7 +19,7 @@ BLOCK_ENTRIES = 1 << 20  # 4 MiB of float32
 _SMALL_ENTRIES = 1 << 18  # up to 512 x 512 the exact SVD is as fast as the sketch
 _OVERSAMPLING = 16
 _ITERATIONS = 3
-_REMEMBERED_BYTES = 192 << 20  # one module of 11008 x 4096 in float32
+_REMEMBERED_BYTES = 128 << 20  # of each module in hand: all of 4096 x 4096 in float32, three quarters of 11008 x 4096
 
 
 @dataclass(frozen=True, slots=True, eq=False)

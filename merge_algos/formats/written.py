@@ -63,6 +63,8 @@ def joined(tensor: Written, factors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(float(tensor.r))
     if tensor.rows:
         return _fused(tensor, factors)
+    if len(factors) == 1 and factors[0].shape[tensor.half == "B"] == tensor.r:
+        return factors[0].reshape(tensor.shape)  # nothing to pad: nothing to copy
     if tensor.half == "A":
         return torch.cat([pad(factor, (0, 0, 0, tensor.r - factor.shape[0])) for factor in factors]).reshape(tensor.shape)
     return torch.stack([pad(factor, (0, tensor.r - factor.shape[1])) for factor in factors], 2).reshape(tensor.shape)
