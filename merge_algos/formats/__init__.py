@@ -54,12 +54,33 @@ def alpha_tensors(spec: AdapterSpec) -> frozenset[str]:
 def load(module: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
     """The module's delta, scaling folded in. module: with a shape.  tensors: by role, each cut to the module's slices.
 
-    Raises NonFiniteTensor naming the tensor.
+    Raises NonFiniteTensor naming the tensor, UnsupportedAdapter for a module whose delta needs the base model's weight.
     """
+    if module.needs_base:
+        raise needs_base(module)
     for role, tensor in tensors.items():
         check_finite(module.tensors[role], tensor)
     own = {role: tensor for role, tensor in tensors.items() if role != ALPHA}
     return unwrapped(module, kinds.registry()[module.kind].load(module, own), tensors)
+
+
+def ground(module: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor | LowRankDelta:
+    """The delta of a module with `needs_base`, beside the base model's weight: factors where it has few, else dense.
+
+    tensors: as for `load`.  W: (d_out, d_in) float32, laid out as the module's delta.  Raises NonFiniteTensor.
+    """
+    for role, tensor in tensors.items():
+        check_finite(module.tensors[role], tensor)
+    return kinds.registry()[module.kind].ground(module, tensors, W)
+
+
+def needs_base(module: ModuleSpec) -> UnsupportedAdapter:
+    """What is said of such a module where nobody has given the base model."""
+    return UnsupportedAdapter(
+        f"module {module.name[:200]}",
+        f"its {module.kind} delta depends on the base model's weight",
+        "give base_model, whose weights of the adapted layers are then read",
+    )
 
 
 def completed(module: ModuleSpec, shape: Shape) -> ModuleSpec:

@@ -85,6 +85,13 @@ class Kind(Protocol):
         """The exact delta, scaling folded into B in float32 or wider. spec: with a shape.  tensors: by role, finite."""
         ...
 
+    def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor | LowRankDelta:
+        """The delta of a module that needs the base: factors where it has few, else dense (d_out, d_in).
+
+        spec: with `needs_base`.  W: (d_out, d_in) float32, the base model's weight of this module as a matrix.
+        """
+        raise AssertionError(f"a {self.name} delta is known without the base weights")
+
 
 def roles_of(parts: Parts, *complete: frozenset[str], optional: frozenset[str] = frozenset()) -> frozenset[str]:
     """The set of roles among `complete` that the module has. Raises UnsupportedAdapter if it has another set."""

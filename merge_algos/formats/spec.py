@@ -65,7 +65,7 @@ class ModuleSpec:
     shape: (d_out, d_in) of the delta; None where the file does not say it, so that another adapter must.  r: the most columns
     that `load` gives.  kind: a name in `kinds`.  scaling: what the config says, 1 where a tensor says it.  constants: what else
     the kind must know to load, all of it plain values.  slices: role -> the slices of a tensor that are this module's, where it
-    holds others' too.
+    holds others' too.  needs_base: whether the delta depends on the base model's weight of this module.
     """
 
     name: str
@@ -77,6 +77,7 @@ class ModuleSpec:
     layer: Layer = LINEAR
     constants: Mapping[str, Any] = field(default_factory=dict)
     slices: Mapping[str, tuple[slice, ...]] = field(default_factory=dict)
+    needs_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,10 @@ class AdapterSpec:
     @property
     def layers(self) -> dict[str, Layer]:
         return {module.name: module.layer for module in self.modules}
+
+    @property
+    def needs_base(self) -> bool:
+        return any(module.needs_base for module in self.modules)
 
     @property
     def rank(self) -> int:
