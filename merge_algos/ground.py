@@ -40,7 +40,8 @@ class Ground(Method):
             return _shipped(delta, replace(context, rank=RankRule(max=context.rank.max)))
         if not bool(delta.isfinite().all()):
             raise NonFiniteResult(module.name, str(delta.dtype).removeprefix("torch."))
-        return _shipped(BlockMatrix(tuple(delta.shape), lambda start, stop: delta[start:stop]), context)
+        d_out, d_in = delta.shape
+        return _shipped(BlockMatrix((d_out, d_in), lambda start, stop: delta[start:stop]), context)
 
 
 def rank_bound(module: ModuleSpec, rule: RankRule) -> int:
