@@ -89,8 +89,9 @@ def restricted_by(services: Services, pinned: str) -> tuple[str, ...]:
 
 
 def _pin_hub(services: Services, ref: HubRef, token: str | None) -> str:
-    known = services.materials.base_from(str(ref))
-    if known is not None and not known.restricted:
+    whole = services.materials.base_from(str(ref))
+    known = (whole,) if whole is not None else services.materials.bases_from(f"{ref}{PART}")
+    if any(not base.restricted for base in known):
         return str(ref)
     listing, chosen = choose(services, ref, token=token)
     if listing.restricted and token is not None:

@@ -32,7 +32,7 @@ For `{base_model}`, out of the basis `{report["basis"]}`.
 |---|---|
 {tasks}
 
-Lost by the basis: {report["relative_error"]:.4g} of the norm.
+{_grounded(report)}Lost by the basis: {report["relative_error"]:.4g} of the norm.
 Lost by rounding to the stored type: {report["rounding_error"]:.2g}.
 """
 
@@ -111,14 +111,14 @@ A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["
 
 
 def _grounded(report: Mapping[str, Any]) -> str:
-    """What was lost before the merge, of inputs whose deltas depend on the base model's weights."""
+    """What was lost before all else, of adapters whose deltas depend on the base model's weights."""
     rows = "\n".join(
         f"| {_cell(each['name'])} | {_cell(each['base'])} | {each['rank']} | {each['relative_error']:.4g} |"
         for each in report.get("grounded", ())
     )
     if not rows:
         return ""
-    heading = "Depending on the base model's weights, and so cut to a rank before the merge:"
+    heading = "Depending on the base model's weights, and so cut to a rank before all else:"
     return f"{heading}\n\n| adapter | base model | rank | lost of its norm |\n|---|---|---|---|\n{rows}\n\n"
 
 
