@@ -54,7 +54,7 @@ EXAMPLES = (16, 64, 256, 2000)
 # label -> method, parameters, rows of each task
 CASES: Mapping[str, tuple[str, dict[str, Any], int]] = {
     **{f"task_arithmetic at {w:g}": ("task_arithmetic", {"weight": w}, 0) for w in (0.125, 0.3)},
-    **{f"tuned on {n}": ("atlas", {"steps": 0}, n) for n in (64, 2000)},
+    **{f"tuned on {n}": ("atlas", {"steps": 0}, n) for n in (16, 64, 2000)},
     **{f"atlas {g} {n}": ("atlas", {"granularity": g}, n) for n in EXAMPLES[:-1] for g in ("matrix", "rank")},
     "atlas matrix 2000": ("atlas", {"epochs": 3, "evaluate_every": 25}, 2000),
     "atlas rank 2000": ("atlas", {"granularity": "rank", "evaluate_every": 25}, 2000),

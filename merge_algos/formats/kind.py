@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -137,6 +137,13 @@ def needed(parts: Parts, roles: frozenset[str], reason: str, remedy: str) -> Non
     """Raises UnsupportedAdapter if one of these shared tensors is not in the file."""
     for role in sorted(roles - parts.shapes.keys()):
         raise UnsupportedAdapter(f"tensor {role}", reason, remedy)
+
+
+def with_inputs(spec: ModuleSpec, shape: Shape) -> ModuleSpec:
+    """The spec with this shape, of a file that says only the number of inputs, `d_in`. Raises ShapeMismatch."""
+    if shape[1] != spec.constants["d_in"]:
+        raise ShapeMismatch(spec.name, shape, (shape[0], spec.constants["d_in"]))
+    return replace(spec, shape=shape)
 
 
 def bounded(spec: ModuleSpec) -> ModuleSpec:

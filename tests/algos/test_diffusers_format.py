@@ -133,7 +133,8 @@ def test_two_sources_of_scaling_are_refused() -> None:
 
 
 def test_a_flag_that_means_more_is_named() -> None:
-    assert "use_dora" in refused(file(), said(r=3, lora_alpha=3, use_dora=True)).subject
+    error = refused(file(), said(r=3, lora_alpha=3, use_dora=True))
+    assert error.subject == f"module {MODULE}" and "use_dora" in error.reason
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])

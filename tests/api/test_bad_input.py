@@ -258,7 +258,7 @@ CASES = [
     configured("bias", "bias", bias="all"),
     configured("modules_to_save", "modules_to_save", modules_to_save=["head"]),
     configured("another kind", "IA3", peft_type="IA3"),
-    configured("an initialisation that moves the base", "pissa", init_lora_weights="pissa"),
+    configured("an initialisation that moves the base", "pissa", init_lora_weights="pissa_niter_4"),
     configured("an unknown flag", "use_magic", use_magic=True),
     configured("alpha infinite", "lora_alpha", slug="invalid-params", lora_alpha=float("inf")),
     configured("r text", "adapter_config.json: r", slug="invalid-params", r="4"),

@@ -122,3 +122,43 @@ def shapes(model: nn.Module) -> Mapping[str, tuple[int, int]]:
     weights = {name: module.weight for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
     turned = {name: type(model.get_submodule(name)).__name__ == "Conv1D" for name in weights}
     return {name: tuple(w.mT.shape if turned[name] else w.shape) for name, w in weights.items() if w.ndim == 2}
+
+
+def rotating(kind: str, label: str, make: Any, model: Any = zoo, **config: Any) -> Case:
+    targets = {zoo: ["down", "square"], llama: ATTENTION, gpt2: ["c_attn", "c_fc"]}[model]
+    return Case(kind, label, model, lambda: make(**{"target_modules": targets, **config}))
+
+
+def hira(label: str, model: Any = zoo, **config: Any) -> Case:
+    return Case("HiRA", label, model, lambda: peft.HiraConfig(**{"r": 3, **config}))
+
+
+# whose delta depends on the base model's weight
+GROUNDED = (
+    lora("DoRA", target_modules=LINEAR, use_dora=True),
+    lora("DoRA, rsLoRA and patterns", target_modules=LINEAR, use_dora=True, use_rslora=True, rank_pattern={"up": 2}),
+    lora("DoRA of convolutions", target_modules=CONVOLUTIONS, use_dora=True),
+    lora("DoRA of embeddings", target_modules=["words"], use_dora=True),
+    lora("DoRA of a transposed model", gpt2, target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True),
+    lora("DoRA of a language model", llama, target_modules=ATTENTION, use_dora=True),
+    lora("PiSSA", target_modules=LINEAR, init_lora_weights="pissa"),
+    lora("PiSSA, rsLoRA and patterns", target_modules=LINEAR, init_lora_weights="pissa", use_rslora=True, rank_pattern={"up": 2}),
+    lora("OLoRA", target_modules=LINEAR, init_lora_weights="olora"),
+    hira("linear layers", target_modules=LINEAR),
+    hira("convolutions", target_modules=CONVOLUTIONS),
+    hira("embeddings", target_modules=["words"]),
+    hira("transposed", gpt2, target_modules=["c_attn"], fan_in_fan_out=True),
+    rotating("HRA", "linear layers", peft.HRAConfig, r=4),
+    rotating("HRA", "an odd number, Gram-Schmidt", peft.HRAConfig, r=3, apply_GS=True),
+    rotating("HRA", "a language model", peft.HRAConfig, llama, r=4),
+    rotating("OFT", "series", peft.OFTConfig, oft_block_size=4),
+    rotating("OFT", "two terms", peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=2),
+    rotating("OFT", "three terms", peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=3),
+    rotating("OFT", "seven terms", peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=7),
+    rotating("OFT", "Cayley transform", peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
+    rotating("OFT", "constrained", peft.OFTConfig, oft_block_size=4, coft=True, eps=0.5),
+    rotating("OFT", "shared block", peft.OFTConfig, oft_block_size=4, block_share=True, use_cayley_neumann=False),
+    rotating("OFT", "a language model", peft.OFTConfig, llama, oft_block_size=8),
+    rotating("BOFT", "one factor", peft.BOFTConfig, boft_block_size=4),
+    rotating("BOFT", "a language model", peft.BOFTConfig, llama, boft_block_size=8),
+)

@@ -6,7 +6,7 @@ Write it again with `python tests/formats/kinds_page.py` in the repository.
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kind_cases import CASES
+from kind_cases import CASES, GROUNDED
 from merge_algos.formats import kinds
 from merge_algos.formats.kind import MAX_FACTOR_ENTRIES, Kind
 from merge_algos.formats.refused import REFUSED
@@ -20,6 +20,7 @@ Every adapter is read exactly or refused by name, with the reason and what to do
 pair of low-rank factors with the scaling folded in; so any kinds merge with each other, and the result is a plain LoRA that
 PEFT loads. This page is written by `python tests/formats/kinds_page.py` from the code and the cases that prove it: each was
 saved by PEFT itself, its delta is the one PEFT merges to 1e-5, and merged alone at weight 1 it is the same adapter to PEFT.
+Kinds beside the base model are proven by their delta alone: what a merge cuts of one of full rank, its certificate tells.
 """
 
 MIB = MAX_FACTOR_ENTRIES * 4 >> 20
@@ -42,15 +43,37 @@ REMARKS = f"""\
 """
 
 
+GROUNDED_REMARKS = """\
+The delta of these depends on the base model's weights, so a merge needs `base_model`, of which it reads the weights of the
+adapted layers alone. A delta of full rank is cut (`base_rank`), and the certificate says by how much; the others are exact.
+"""
+# kind, as its case's label begins -> what is read, rank, paper
+IN_LORA = {
+    "DoRA": (
+        "m (W + s B A) / norm of each row - W, of linear, convolution and embedding layers",
+        "min(d_out, d_in)",
+        "arXiv:2402.09353",
+    ),
+    "PiSSA": ("s B A less the leading rank-r part of W, saved without conversion", "2 r", "arXiv:2404.02948"),
+    "OLoRA": ("s (B A - Q_r R_r), W = Q R, saved without conversion", "2 r", "arXiv:2406.01775"),
+}
+
+
 def page() -> str:
-    shown = list(kinds.registry().values())
+    without_base = {case.kind for case in CASES} | {name for name, kind in kinds.registry().items() if not kind.peft_types}
+    shown = [kind for kind in kinds.registry().values() if kind.name in without_base]
     refused_kinds = [[f"`{name}`", *why] for name, why in sorted(REFUSED.items())]
-    refused_flags = [[kind.name, f"`{what}`", reason] for kind in shown for what, reason in sorted(kind.reasons.items())]
+    refused_flags = [
+        [kind.name, f"`{what}`", reason] for kind in kinds.registry().values() for what, reason in sorted(kind.reasons.items())
+    ]
     sections = (
         INTRODUCTION,
         "## Read\n",
         table(("kind", "`peft_type`", "what is read", "rank of the delta", "paper", "proven with"), map(_row, shown)),
         REMARKS,
+        "## Read beside the base model\n",
+        GROUNDED_REMARKS,
+        table(("kind", "what is read", "rank of the delta", "paper", "proven with"), _grounded_rows()),
         "## Refused kinds\n",
         table(("`peft_type`", "why", "what to do"), refused_kinds),
         "## Refused flags and tensors\n",
@@ -68,6 +91,13 @@ def _row(kind: Kind) -> list[str]:
     peft_types = ", ".join(f"`{each}`" for each in kind.peft_types) or "none: single files"
     proven = "; ".join(case.label for case in CASES if case.kind == kind.name) or "files of image models"
     return [kind.name, peft_types, kind.meaning, f"`{kind.rank}`", kind.paper, proven]
+
+
+def _grounded_rows() -> Iterable[Sequence[str]]:
+    own = {case.kind: kinds.registry()[case.kind] for case in GROUNDED if case.kind != "LoRA"}
+    for name, said in {**IN_LORA, **{name: (kind.meaning, kind.rank, kind.paper) for name, kind in own.items()}}.items():
+        labels = [c.label for c in GROUNDED if c.kind == name or (c.kind == "LoRA" and c.label.startswith(name))]
+        yield name, said[0], f"`{said[1]}`", said[2], "; ".join(labels)
 
 
 if __name__ == "__main__":

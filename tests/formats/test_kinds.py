@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kind_cases import CASES, guide, shapes
+from kind_cases import CASES, GROUNDED, guide, shapes
 from making import Made
 from merge_algos import formats
 from merge_algos.formats import kinds
@@ -36,7 +36,7 @@ def of_model(case: Case, module: str) -> str:
 
 
 def test_every_kind_of_peft_has_a_proof() -> None:
-    assert {case.kind for case in CASES} == {name for name, kind in kinds.registry().items() if kind.peft_types}
+    assert {case.kind for case in (*CASES, *GROUNDED)} == {name for name, kind in kinds.registry().items() if kind.peft_types}
 
 
 @every_case

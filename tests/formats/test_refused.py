@@ -55,10 +55,6 @@ def test_a_refused_kind_is_named_with_its_reason_and_a_remedy(peft_type: str) ->
 
 REAL: dict[str, Callable[[], PeftConfig]] = {
     "IA3": lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=[]),
-    "OFT": lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4),
-    "BOFT": lambda: peft.BOFTConfig(target_modules=["square"], boft_block_size=2),
-    "HRA": lambda: peft.HRAConfig(target_modules=LINEAR, r=2),
-    "HIRA": lambda: peft.HiraConfig(target_modules=LINEAR, r=2),
     "ROAD": lambda: peft.RoadConfig(target_modules=LINEAR, group_size=4),
     "FOURIERFT": lambda: peft.FourierFTConfig(target_modules=LINEAR, n_frequency=20),
     "SHIRA": lambda: peft.ShiraConfig(target_modules=LINEAR, r=1, random_seed=1),
@@ -90,7 +86,6 @@ def test_a_real_prompt_is_refused_by_name(peft_type: str, tmp_path: Path) -> Non
 # --- variants and flags of kinds that are read
 
 VARIANTS: dict[str, tuple[Callable[[], PeftConfig], str, Callable[[], nn.Module]]] = {
-    "DoRA": (lambda: peft.LoraConfig(target_modules=LINEAR, use_dora=True), "use_dora", zoo),
     "lora_bias": (lambda: peft.LoraConfig(target_modules=LINEAR, lora_bias=True), "lora_bias", zoo),
     "bias": (lambda: peft.LoraConfig(target_modules=LINEAR, bias="lora_only"), "bias", zoo),
     "modules_to_save": (lambda: peft.LoraConfig(target_modules=["up"], modules_to_save=["down"]), "modules_to_save", zoo),
@@ -101,7 +96,11 @@ VARIANTS: dict[str, tuple[Callable[[], PeftConfig], str, Callable[[], nn.Module]
     ),
     "KaSA": (lambda: peft.LoraConfig(target_modules=LINEAR, kasa_config=peft.KasaConfig()), "kasa_config", zoo),
     "activated": (lambda: peft.LoraConfig(target_modules=LINEAR, alora_invocation_tokens=[1]), "alora_invocation_tokens", zoo),
-    "PiSSA": (lambda: peft.LoraConfig(target_modules=LINEAR, init_lora_weights="pissa"), "pissa", zoo),
+    "PiSSA by a sketch": (
+        lambda: peft.LoraConfig(target_modules=LINEAR, init_lora_weights="pissa_niter_4"),
+        "pissa_niter_4",
+        zoo,
+    ),
     "layer_replication": (
         lambda: peft.LoraConfig(target_modules=ATTENTION, layer_replication=[[0, 2], [1, 2]]),
         "layer_replication",

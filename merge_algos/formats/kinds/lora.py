@@ -1,7 +1,11 @@
-"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, EVA, LoRI, MonteCLoRA, VeLoRA)."""
+"""LoRA: a pair of low-rank factors, and everything that is one on disk (rsLoRA, LoRA-FA, EVA, LoRI, MonteCLoRA, VeLoRA).
+
+Beside the base model's weight also DoRA, and PiSSA and OLoRA, which begin by taking their factors out of it.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -9,18 +13,30 @@ import torch
 from torch import Tensor
 
 from merge_algos.errors import InvalidParams, ShapeMismatch, UnsupportedAdapter
-from merge_algos.formats import fields
+from merge_algos.formats import fields, grounded
 from merge_algos.formats.bare_parameters import experts_of, parameters_of
 from merge_algos.formats.kind import Kind, Parts, Settings, bounded, check_equal, check_rank, dimensions, roles_of
 from merge_algos.formats.spec import EMBEDDING, LINEAR, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 
-# the others (pissa, olora, corda, loftq, lora_ga ..) rewrite the base weights: B A is then relative to a base nobody else has
 _INITS_KEEPING_THE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# these take B0 A0 out of the base weight, which says what they were
+_INITS_FROM_THE_BASE = frozenset({"pissa", "olora"})
+# and these, too, but by more than the weight: B A is then relative to a base that nobody else has
+_LOST_INITS: Mapping[str, str] = MappingProxyType(
+    {
+        "pissa_niter": "its beginning is a randomised SVD of the base weights, whose draw is not saved",
+        "corda": "its beginning depends on data that it does not save",
+        "lora_ga": "its beginning depends on gradients that it does not save",
+        "loftq": "its base weights were quantised, and B A is relative to that",
+    }
+)
+_LOST = "this initialisation is unknown, or also changes the base weights"
 
 _PLAIN = frozenset({"lora_A", "lora_B"})
 _EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
 _LATENT = _PLAIN | {"latent"}
+_MAGNITUDE = frozenset({"magnitude"})
 _MAX_PATTERNS = 200
 # numbers that only training uses: how VeLoRA compresses what it remembers, and what MonteCLoRA samples from
 _SAMPLER = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
@@ -33,7 +49,7 @@ class LoRA(Kind):
     Of a convolution (r, in, kh, kw) and (out, r, 1, 1); of a bare parameter with E experts (E r, d_in) with the experts one
     after another and (d_out, r E) with the experts innermost. Hu et al. 2021, arXiv:2106.09685. LoRA-XS (Bałazy et al. 2024,
     arXiv:2405.17604) keeps A and B as they began and trains a latent (r, r) between them: `scaling * B R A`. Of BD-LoRA
-    A or B is the blocks of a block-diagonal matrix, one above the other.
+    A or B is the blocks of a block-diagonal matrix, one above the other. What needs the base weight is in `grounded`.
     """
 
     name = "LoRA"
@@ -51,6 +67,8 @@ class LoRA(Kind):
             "lora_embedding_A": "lora_embedding_A",
             "lora_embedding_B": "lora_embedding_B",
             "default_lora_latent_mapping.weight": "latent",
+            "lora_magnitude_vector": "magnitude",
+            "lora_magnitude_vector.weight": "magnitude",
             "lora_velora_embed": "velora_embed",
         }
         | {f"lora_monteclora_sampler.{name}": f"sampler.{name}" for name in _SAMPLER}
@@ -59,11 +77,10 @@ class LoRA(Kind):
     flags = frozenset(
         "alpha_pattern corda_config eva_config init_lora_weights loftq_config lora_alpha lora_dropout lora_ga_config "
         "megatron_config megatron_core monteclora_config qalora_group_size r rank_pattern runtime_config target_parameters "
-        "use_bdlora use_rslora velora_config".split()
+        "use_bdlora use_dora use_rslora velora_config".split()
     )
     reasons = MappingProxyType(
         {
-            "use_dora": "DoRA rescales the whole weight, so its delta needs the base weights",
             "lora_bias": "a bias on lora_B is an update outside B A",
             "layer_replication": "its modules exist only in a base model with repeated layers",
             "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it is not one delta",
@@ -72,14 +89,13 @@ class LoRA(Kind):
             "kasa_config": "KaSA cuts the base weights, so its delta needs them",
             "use_qalora": "QA-LoRA pools the input before A, so A is narrower than the layer",
             ".lora_diag": "KaSA cuts the base weights, so its delta needs them",
-            "lora_magnitude_vector": "DoRA magnitudes rescale the whole weight, so the delta needs the base weights",
             ".lora_B.bias": "a bias on lora_B is an update outside B A",
             ".base_layer.weight": "it is a copy of the base model's weights, which may have been resized or trained",
         }
     )
 
     def settings(self, config: Mapping[str, Any], modules: Sequence[str]) -> Mapping[str, Settings]:
-        _check_initialisation(config)
+        begun, is_dora = _beginning(config), bool(config.get("use_dora"))
         wrapped, blocks = parameters_of(config, modules), _blocks(config, modules)
         keys = tuple(dict.fromkeys(key for module in modules for key in wrapped.get(module) or (module,)))
         r = fields.by_pattern(config, "r", "rank_pattern", keys)
@@ -92,14 +108,16 @@ class LoRA(Kind):
             if len(pairs) > 1:
                 reason = "its parameters differ in rank or alpha, and the file does not say which is which"
                 raise UnsupportedAdapter(f"module {module[:200]}", reason, "train them with one rank and alpha")
-            found[module] = Settings(*pairs.pop(), rslora, {"parameters": own, "blocks": blocks.get(module, (1, 1))})
+            constants = {"parameters": own, "blocks": blocks.get(module, (1, 1)), "begun": begun, "is_dora": is_dora}
+            found[module] = Settings(*pairs.pop(), rslora, constants)
         return found
 
     def recognises(self, roles: frozenset[str]) -> bool:
         return roles >= _PLAIN
 
     def describe(self, parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
-        found = roles_of(parts, _PLAIN, _EMBEDDING, _LATENT, optional=_TRAINING)
+        found = roles_of(parts, _PLAIN, _EMBEDDING, _LATENT, optional=_TRAINING | _MAGNITUDE)
+        grounding = _grounding(parts, settings, found)
         if found == _PLAIN and settings.constants.get("parameters"):
             return experts_of(parts, settings, kind=self.name, scaling=scaling(settings, settings.r or 1))
         if found == _PLAIN and settings.constants.get("blocks", (1, 1)) != (1, 1):
@@ -115,7 +133,8 @@ class LoRA(Kind):
         if found == _LATENT:
             check_equal(parts, (rank, rank), dimensions(parts, "latent", 2))
         check_rank(parts, settings, "lora_embedding_A" if layer == EMBEDDING else "lora_A", rank)
-        return (ModuleSpec(parts.module, (d_out, d_in), rank, self.name, parts.names, scaling(settings, rank), layer),)
+        spec = ModuleSpec(parts.module, (d_out, d_in), rank, self.name, parts.names, scaling(settings, rank), layer)
+        return (_with_base(parts, spec, grounding) if grounding else spec,)
 
     def load(self, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
         if spec.layer == EMBEDDING:
@@ -125,6 +144,15 @@ class LoRA(Kind):
         B = B.float() * spec.scaling
         return LowRankDelta(B @ tensors["latent"].float() if "latent" in tensors else B, A)
 
+    def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor | LowRankDelta:
+        plain = self.load(spec, tensors).to(torch.float32)
+        match spec.constants["grounding"]:
+            case "pissa":
+                return grounded.beside_pissa(plain, W, plain.rank, spec.name)
+            case "olora":
+                return grounded.beside_olora(plain, W, plain.rank, spec.scaling)
+        return grounded.dora(plain, tensors["magnitude"], W)
+
 
 def scaling(settings: Settings, r: float) -> float:
     """What the factors are multiplied by; 1 where no config says it."""
@@ -133,14 +161,49 @@ def scaling(settings: Settings, r: float) -> float:
     return settings.alpha / (math.sqrt(r) if settings.rslora else r)
 
 
-def _check_initialisation(config: Mapping[str, Any]) -> None:
+def _beginning(config: Mapping[str, Any]) -> str | None:
+    """How B A began, where that was in the base weight. Raises UnsupportedAdapter where nobody can know any more."""
     initial = config.get("init_lora_weights")
-    if not isinstance(initial, bool | None) and str(initial).lower() not in _INITS_KEEPING_THE_BASE:
-        raise UnsupportedAdapter(
-            f"init_lora_weights {str(initial)[:100]!r}",
-            "this initialisation is unknown, or also changes the base weights",
-            "save it converted to plain LoRA (path_initial_model_for_weight_conversion)",
-        )
+    name = str(initial).lower()
+    if isinstance(initial, bool | None) or name in _INITS_KEEPING_THE_BASE:
+        return None
+    if name in _INITS_FROM_THE_BASE:
+        return name
+    reason = next((why for begin, why in _LOST_INITS.items() if name.startswith(begin)), _LOST)
+    remedy = "save it converted to plain LoRA (path_initial_model_for_weight_conversion)"
+    raise UnsupportedAdapter(f"init_lora_weights {str(initial)[:100]!r}", reason, remedy)
+
+
+def _grounding(parts: Parts, settings: Settings, found: frozenset[str]) -> str | None:
+    """What the base weight has to do with the delta: `dora`, `pissa`, `olora`, or nothing. Raises UnsupportedAdapter."""
+    asked = settings.constants
+    begun, is_dora, has_magnitude = asked.get("begun"), asked.get("is_dora", False), "magnitude" in parts.shapes
+    if is_dora and not has_magnitude:
+        reason = "use_dora is set, but it has no lora_magnitude_vector"
+        raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "check how the adapter was saved")
+    if has_magnitude and not is_dora:
+        reason = "it is a DoRA magnitude, which rescales the base weights, and no use_dora says so"
+        remedy = "export the adapter as plain LoRA, or with its own config"
+        raise UnsupportedAdapter(f"tensor {parts.names['magnitude'][:200]}", reason, remedy)
+    how = begun or ("dora" if is_dora else None)
+    is_plain = found != _LATENT and not asked.get("parameters") and asked.get("blocks", (1, 1)) == (1, 1)
+    if how is not None and (not is_plain or (begun and is_dora)):
+        reason = f"{how} together with what else its config asks for has no known meaning"
+        raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "save it converted to plain LoRA")
+    return how
+
+
+def _with_base(parts: Parts, spec: ModuleSpec, how: str) -> ModuleSpec:
+    """The module as one that needs the base model's weight. Raises ShapeMismatch, UnsupportedAdapter."""
+    assert spec.shape is not None
+    d_out, d_in = spec.shape
+    if how == "dora":
+        check_equal(parts, (d_out,), (math.prod(parts.shapes["magnitude"]),))
+    elif spec.layer != LINEAR:
+        reason = f"{how} begins in linear layers, and this is another layer"
+        raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "save it converted to plain LoRA")
+    r = min(d_out, d_in) if how == "dora" else 2 * spec.r
+    return replace(spec, r=r, needs_base=True, constants={**spec.constants, "grounding": how})
 
 
 def _layer(parts: Parts, of_A: Sequence[int], of_B: Sequence[int]) -> Layer:

@@ -1,0 +1,130 @@
+"""Kinds whose delta depends on the base model's weight: beside it, it is PEFT's; without it, they are refused by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kind_cases import GROUNDED, LINEAR, lora
+from making import Made
+from merge_algos import formats
+from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
+from merge_algos.formats.spec import AdapterSpec
+from merge_algos.lowrank import LowRankDelta
+from test_kinds import read
+from tiny import Case, as_matrices, quietly
+
+grounded_case = pytest.mark.parametrize("case", GROUNDED, ids=str)
+
+
+def described(made: Made) -> AdapterSpec:
+    return formats.describe(made.config, {name: tuple(tensor.shape) for name, tensor in made.tensors.items()})
+
+
+def of_the_base(model: nn.Module) -> dict[str, Tensor]:
+    """Module -> its weight as its delta is laid out."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight") and tensor.ndim > 1}
+    return as_matrices(weights, model)
+
+
+def ingested(made: Made, weights: Mapping[str, Tensor]) -> dict[str, Tensor | LowRankDelta]:
+    found = {}
+    for module in described(made).modules:
+        whole = formats.completed(module, tuple(weights[module.name].shape))
+        tensors = {role: made.tensors[name] for role, name in whole.tensors.items()}
+        found[module.name] = formats.ground(whole, tensors, weights[module.name])
+    return found
+
+
+def dense(delta: Tensor | LowRankDelta) -> Tensor:
+    return (delta.to_dense() if isinstance(delta, LowRankDelta) else delta).double()
+
+
+def of_peft(case: Case, directory: Path) -> dict[str, Tensor]:
+    """Module -> what PEFT's merge adds to the base as it was before PEFT wrapped it.
+
+    In float32, because PiSSA begins in no wider type.
+    """
+    before = of_the_base(case.model())
+    loaded = quietly(lambda: peft.PeftModel.from_pretrained(case.model(), directory))
+    merged = of_the_base(quietly(loaded.merge_and_unload))
+    differences = {name: merged[name].double() - W.double() for name, W in before.items()}
+    return {name: delta for name, delta in differences.items() if bool(delta.any())}
+
+
+@grounded_case
+def test_beside_the_base_weight_the_delta_is_pefts(case: Case, tmp_path: Path) -> None:
+    directory = case.save(tmp_path)
+    ours, theirs = ingested(read(directory), of_the_base(case.model())), of_peft(case, directory)
+    assert ours.keys() == theirs.keys()
+    for name, delta in theirs.items():
+        assert (dense(ours[name]) - delta).norm() <= 1e-5 * delta.norm(), name
+
+
+@grounded_case
+def test_the_rank_is_at_most_what_the_header_tells(case: Case, tmp_path: Path) -> None:
+    made, weights = read(case.save(tmp_path)), of_the_base(case.model())
+    deltas = ingested(made, weights)
+    for module in described(made).modules:
+        r = formats.completed(module, tuple(weights[module.name].shape)).r
+        assert int(torch.linalg.matrix_rank(dense(deltas[module.name]), rtol=1e-5)) <= r
+
+
+@grounded_case
+def test_without_the_base_it_is_refused_by_module(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    module = described(made).modules[0]
+    with pytest.raises(UnsupportedAdapter, match="base_model") as refused:
+        formats.load(module, {role: made.tensors[name] for role, name in module.tensors.items()})
+    assert module.name in refused.value.subject
+
+
+def test_dora_without_its_magnitude_is_refused(tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    tensors = {name: tensor for name, tensor in made.tensors.items() if "up.lora_magnitude" not in name}
+    with pytest.raises(UnsupportedAdapter, match=r"module up.*lora_magnitude_vector"):
+        described(Made(tensors, made.config))
+
+
+def test_a_magnitude_without_dora_is_refused(tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"lora_magnitude_vector.*use_dora"):
+        described(Made(made.tensors, {**made.config, "use_dora": False}))
+
+
+def test_a_magnitude_of_another_width_is_refused(tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    name = next(name for name in made.tensors if "up.lora_magnitude" in name)
+    with pytest.raises(ShapeMismatch, match="up"):
+        described(Made({**made.tensors, name: torch.ones(3)}, made.config))
+
+
+@pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga", "loftq", "unheard of"])
+def test_a_beginning_that_is_lost_is_refused_by_name(begun: str, tmp_path: Path) -> None:
+    made = read(lora("plain", target_modules=LINEAR).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=begun):
+        described(Made(made.tensors, {**made.config, "init_lora_weights": begun}))
+
+
+def test_pissa_of_a_weight_that_does_not_say_where_it_began_is_refused(tmp_path: Path) -> None:
+    made = read(lora("PiSSA", target_modules=["square"], init_lora_weights="pissa").save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match="singular values 4 and 5"):
+        ingested(made, {"square": torch.eye(12)})
+
+
+@pytest.mark.parametrize(
+    "config", [{"init_lora_weights": "pissa", "use_dora": True}, {"init_lora_weights": "olora", "use_dora": True}]
+)
+def test_two_ways_at_once_are_refused(config: Mapping[str, object], tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match="no known meaning"):
+        described(Made(made.tensors, {**made.config, **config}))
+
+
+def test_a_butterfly_of_several_factors_is_refused() -> None:
+    tensors = {"base_model.model.up.boft_R": torch.ones(2, 3, 4, 4), "base_model.model.up.boft_s": torch.ones(20, 1)}
+    with pytest.raises(UnsupportedAdapter, match="2 butterfly factors"):
+        described(Made(tensors, {"peft_type": "BOFT"}))
