@@ -97,7 +97,7 @@ def test_a_basis_takes_one_more(service: Server, ids: Mapping[str, str]) -> None
     asked = {"method": "rmm", "parameters": {"budget": 0.5}, "adapters": adapters}
     basis = service.http.post("/merge", json=asked, headers={"prefer": "wait=60"}).json()["result"]["id"]
     more = {"adapter": {"source": ids["dora"], "name": "dora"}, "base_model": "dir:base", "base_rank": 4}
-    job = service.http.post(f"/rmm/{basis}/extend", json=more, headers={"prefer": "wait=60"}).json()
+    job = service.ended(service.http.post(f"/rmm/{basis}/extend", json=more).json()["id"])
     assert job["state"] == "succeeded", job["error"]
     assert [task.get("grounded", {}).get("rank") for task in job["certificate"]["tasks"]] == [None, 4]
 
