@@ -1,5 +1,6 @@
 """Adapters that need the base model's weights in a merge: what comes out, what the certificate says of it, what is done twice."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from app.commands import collect_garbage, save
 from app.convert import convert
+from app.data_commands import add_here
 from app.engine.executor import Stopped
 from app.errors import InvalidField
 from app.grounding.recipe import ground_recipes
@@ -31,6 +33,7 @@ from doras import (
     run,
     write_adapter,
 )
+from llama import LLAMA_TEXTS
 from making import dense_directory
 from merge_algos.errors import UnsupportedAdapter
 from storage.digest import Digest
@@ -239,3 +242,24 @@ def test_targets_of_both_adapters_are_the_same(written: Path) -> None:
     """Else the mixed merge above would leave its layers alone."""
     assert dense_doras(written / "base", written / "dora").keys() == dense_directory(written / "lora").keys()
     assert len(dense_directory(written / "lora")) == 2 * len(TARGETS)
+
+
+# Beside learning
+
+
+def test_a_method_that_learns_takes_it(services: Services, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LLAMA_TEXTS * 4))
+    task = {"name": "colours", "data": add_here(services.settings, tmp_path / "rows.jsonl")}
+    sources = [added(services, models / name) for name in ("dora", "lora")]
+    steps = {"steps": 2, "evaluate_every": 1, "init": 0.3}
+    recipe = recipe_of(services, *sources, method="atlas", parameters=steps, tasks=[task], **ON_BASE)
+    report = certificate(services, run(services, recipe))
+    assert report["training"]["step"] == 2 and [each["id"] for each in report["inputs"]] == sources
+    assert report["grounded"][0]["rank_rule"] == {"max": 256, "energy": 0.999}
+
+
+def test_a_recipe_that_learns_has_the_digest_that_it_had(services: Services, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "red is a colour"}) + "\n")
+    task = {"name": "colours", "data": add_here(services.settings, tmp_path / "rows.jsonl")}
+    recipe = recipe_of(services, added(services, models / "lora"), method="atlas", tasks=[task], **ON_BASE)
+    assert "base_rank" not in recipe.to_json()
