@@ -56,8 +56,12 @@ class OpenAdapter:
         if name not in self.modules:
             return LowRankDelta.zero(*shape).to(torch.float32, device)
         module = formats.completed(self.modules[name], shape)
+        return formats.load(module, self.parts(module, device))
+
+    def parts(self, module: ModuleSpec, device: str) -> dict[str, Tensor]:
+        """The module's tensors on the device, by role, each cut to the module's slices."""
         by_role = {role: self._read(tensor, module.slices.get(role)) for role, tensor in module.tensors.items()}
-        return formats.load(module, {role: tensor.to(device) for role, tensor in by_role.items()})
+        return {role: tensor.to(device) for role, tensor in by_role.items()}
 
     def _read(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
         return read_tensor(self.tensors, name) if slices is None else read_slices(self.tensors, name, slices)
@@ -97,7 +101,7 @@ def check(blobs: BlobStore, config: Descriptor | None, weights: Descriptor) -> A
             if name in alphas:
                 read_alpha(name, tensor)
         if formats.index_tensors(spec):  # indices are small, and what they point at is known only when they are read
-            for module in spec.modules:
+            for module in (module for module in spec.modules if not module.needs_base):
                 formats.load(module, {role: read_tensor(tensors, name) for role, name in module.tensors.items()})
     return spec
 

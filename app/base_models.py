@@ -22,6 +22,7 @@ from storage.tensors import read_header
 _CHUNK_BYTES = 1024 * 1024
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _GGUF_MAGIC = b"GGUF"
+PART = "#"  # between the source of a base model and what names some of its tensors, where the store holds those alone
 
 
 def pin(services: Services, source: str, *, token: str | None, field: str = "base_model") -> str:
@@ -33,7 +34,7 @@ def pin(services: Services, source: str, *, token: str | None, field: str = "bas
     kind, _, rest = source.partition(":")
     match kind:
         case "hub":
-            return _pin_hub(services, _model_ref(source), token)
+            return _pin_hub(services, model_ref(source), token)
         case "dir":
             return str(_import_directory(services, _inside(services, rest, source), source))
         case "sha256":
@@ -48,14 +49,14 @@ def obtain(services: Services, pinned: str) -> Digest:
         return known
     if not pinned.startswith("hub:"):
         raise UnknownBaseModel(pinned)
-    listing, chosen = _choose(services, _model_ref(pinned), token=None)
-    return _import_hub(services, listing, chosen, token=None)
+    listing, chosen = choose(services, model_ref(pinned), token=None)
+    return import_whole(services, listing, chosen, token=None)
 
 
 def held(services: Services, pinned: str) -> Digest | None:
     """The manifest of a pinned base model, if all of it is in the store."""
     if pinned.startswith("hub:"):
-        return _held(services, _model_ref(pinned))
+        return _held(services, model_ref(pinned))
     digest = Digest.parse(pinned)
     return digest if ingest.complete(services, digest) else None
 
@@ -76,17 +77,29 @@ def restrictions(services: Services, base: Digest) -> tuple[str, ...]:
     return ingest.restrictions(services, [base])
 
 
+def restricted_by(services: Services, pinned: str) -> tuple[str, ...]:
+    """The same of a pinned base model, of which the store may hold some tensors alone, or nothing any more."""
+    whole = held(services, pinned)
+    if whole is not None or not pinned.startswith("hub:"):
+        return restrictions(services, whole or Digest.parse(pinned))
+    parts = services.materials.bases_from(f"{pinned}{PART}")
+    if not parts:
+        return (ingest.guard(pinned, CONFIG),)
+    return tuple(dict.fromkeys(source for part in parts for source in part.restricted))
+
+
 def _pin_hub(services: Services, ref: HubRef, token: str | None) -> str:
-    known = services.materials.base_from(str(ref))
-    if known is not None and not known.restricted:
+    whole = services.materials.base_from(str(ref))
+    known = (whole,) if whole is not None else services.materials.bases_from(f"{ref}{PART}")
+    if any(not base.restricted for base in known):
         return str(ref)
-    listing, chosen = _choose(services, ref, token=token)
+    listing, chosen = choose(services, ref, token=token)
     if listing.restricted and token is not None:
-        _import_hub(services, listing, chosen, token=token)
+        import_whole(services, listing, chosen, token=token)
     return str(listing.ref)
 
 
-def _choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubListing, dict[str, str]]:
+def choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubListing, dict[str, str]]:
     """The listing and, by our names, the files that make the base model; the caller may read them."""
     listing = services.hub.listing(ref, token=token)
     chosen = base_files.choose([name for name in listing.names if "/" not in name], str(ref))
@@ -95,7 +108,7 @@ def _choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubL
     return listing, chosen
 
 
-def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, str], *, token: str | None) -> Digest:
+def import_whole(services: Services, listing: HubListing, chosen: Mapping[str, str], *, token: str | None) -> Digest:
     known = _held(services, listing.ref)
     if known is not None:
         return known
@@ -106,9 +119,12 @@ def _import_hub(services: Services, listing: HubListing, chosen: Mapping[str, st
         ours: services.hub.fetch(listing, listing.names[theirs], services.blobs, media_type=_media_type(ours), token=token)
         for ours, theirs in chosen.items()
     }
-    source = str(listing.ref)
-    restricted = (ingest.guard(source, chosen[_first_weights(chosen)]),) if listing.restricted else ()
-    return _record(services, files, source, restricted)
+    return record(services, files, str(listing.ref), guards(listing, chosen))
+
+
+def guards(listing: HubListing, chosen: Mapping[str, str]) -> tuple[str, ...]:
+    """What the Hub is asked again before anyone gets what this base gave. chosen: as of `choose`."""
+    return (ingest.guard(str(listing.ref), chosen[_first_weights(chosen)]),) if listing.restricted else ()
 
 
 def _held(services: Services, ref: HubRef) -> Digest | None:
@@ -117,10 +133,10 @@ def _held(services: Services, ref: HubRef) -> Digest | None:
 
 
 def _known(services: Services, digest: Digest, token: str | None) -> Digest:
-    record = services.materials.base(digest)
-    if record is None or not ingest.complete(services, digest):
+    known = services.materials.base(digest)
+    if known is None or PART in known.source or not ingest.complete(services, digest):
         raise UnknownBaseModel(str(digest))
-    ingest.check_access(services, record, token=token)
+    ingest.check_access(services, known, token=token)
     return digest
 
 
@@ -157,14 +173,17 @@ def _import_directory(services: Services, directory: Path, source: str) -> Diges
         chunks = _chunks(_contained(root, directory / theirs, source))
         files[ours] = services.blobs.put(chunks, media_type=_media_type(ours), limit_bytes=left_bytes)
         left_bytes -= files[ours].size_bytes
-    return _record(services, files, source, ())
+    return record(services, files, source, ())
 
 
-def _record(services: Services, files: Mapping[str, Descriptor], source: str, restricted: tuple[str, ...]) -> Digest:
+def record(
+    services: Services, files: Mapping[str, Descriptor], source: str, restricted: tuple[str, ...], *, part: str = ""
+) -> Digest:
+    """Check and record files that are in the store as a base model. part: names the tensors, if they are not all of them."""
     _check(services.blobs, files, source)
     stored = services.blobs.put([BaseManifest(files, source).to_bytes()], media_type=MEDIA_BASE)
     size_bytes = sum(part.size_bytes for part in files.values())
-    services.materials.add_base(BaseRecord(stored.digest, source, size_bytes, restricted, now()))
+    services.materials.add_base(BaseRecord(stored.digest, f"{source}{part}", size_bytes, restricted, now()))
     return stored.digest
 
 
@@ -174,7 +193,7 @@ def _check(blobs: BlobStore, files: Mapping[str, Descriptor], source: str) -> No
         (_check_gguf if name == GGUF else _check_safetensors)(blobs, name, part, source)
     for name in (CONFIG, INDEX):
         if name in files:
-            document = _json_object(blobs, name, files[name], source)
+            document = json_object(blobs, name, files[name], source)
             if name == INDEX:
                 base_files.require_index_of(document.get("weight_map"), files, source)
 
@@ -193,7 +212,7 @@ def _check_gguf(blobs: BlobStore, name: str, part: Descriptor, source: str) -> N
             raise NoBaseModel(source, f"{name} does not begin as a GGUF file does")
 
 
-def _json_object(blobs: BlobStore, name: str, part: Descriptor, source: str) -> Mapping[str, object]:
+def json_object(blobs: BlobStore, name: str, part: Descriptor, source: str) -> Mapping[str, object]:
     with blobs.open(part.digest) as stream:
         raw = stream.read(_MAX_JSON_BYTES + 1)
     try:
@@ -213,7 +232,7 @@ def _first_weights(names: Iterable[str]) -> str:
     return next(name for name in names if base_files.is_weights(name))
 
 
-def _model_ref(source: str) -> HubRef:
+def model_ref(source: str) -> HubRef:
     ref = HubRef.parse(source.removeprefix("hub:"))
     if ref.kind != "models":
         raise BadSource(source, "a dataset is no base model")

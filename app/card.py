@@ -32,7 +32,7 @@ For `{base_model}`, out of the basis `{report["basis"]}`.
 |---|---|
 {tasks}
 
-Lost by the basis: {report["relative_error"]:.4g} of the norm.
+{_grounded(report)}Lost by the basis: {report["relative_error"]:.4g} of the norm.
 Lost by rounding to the stored type: {report["rounding_error"]:.2g}.
 """
 
@@ -88,9 +88,8 @@ def _metadata(report: Mapping[str, Any], base_model: str) -> str:
 def _body(report: Mapping[str, Any], base_model: str) -> str:
     recipe, totals = report["recipe"], report["totals"]
     rows = "\n".join(_row(given, used) for given, used in zip(recipe["adapters"], report["inputs"], strict=True))
-    loss = (
-        "nothing: it is the exact sum" if totals["exact"] else f"{totals['relative_error']:.4g} of the norm, by cutting the rank"
-    )
+    whole = totals["exact"] or totals["exact_modules"] == totals["modules"]  # though an input was cut before
+    loss = "nothing: it is the exact sum" if whole else f"{totals['relative_error']:.4g} of the norm, by cutting the rank"
     return f"""# LoRA adapter merged with {recipe["method"]}
 
 A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["method"]}` ({report["paper"]}).
@@ -99,7 +98,7 @@ A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["
 |---|---|---|---|---|
 {rows}
 
-Lost in the merge: {loss}. Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
+{_grounded(report)}Lost in the merge: {loss}. Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
 {totals["modules"]} modules, rank {totals["rank"]}. Worst module: `{report["worst_module"]["module"]}`, relative error \
 {report["worst_module"]["relative_error"]:.4g}. `report.json` holds every module.
 
@@ -109,6 +108,18 @@ Lost in the merge: {loss}. Lost by rounding to the stored type: {totals["roundin
 {json.dumps(recipe, indent=2, sort_keys=True, ensure_ascii=False)}
 ```
 """
+
+
+def _grounded(report: Mapping[str, Any]) -> str:
+    """What was lost before all else, of adapters whose deltas depend on the base model's weights."""
+    rows = "\n".join(
+        f"| {_cell(each['name'])} | {_cell(each['base'])} | {each['rank']} | {each['relative_error']:.4g} |"
+        for each in report.get("grounded", ())
+    )
+    if not rows:
+        return ""
+    heading = "Depending on the base model's weights, and so cut to a rank before all else:"
+    return f"{heading}\n\n| adapter | base model | rank | lost of its norm |\n|---|---|---|---|\n{rows}\n\n"
 
 
 def _row(given: Mapping[str, Any], used: Mapping[str, Any]) -> str:

@@ -85,6 +85,10 @@ def merge(
         list[str] | None, typer.Option("--post", help="A step on the result: svc, restore_norm or restore_norm:scale=1.2.")
     ] = None,
     rank: Annotated[str | None, typer.Option("--rank", "-r", help="32, energy:0.99, or energy:0.99:64 [default: exact].")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Where DoRA and its like, or learning, need it; also a directory.")
+    ] = None,
+    base_rank: Annotated[str | None, typer.Option(help="What those are cut to, as --rank [default: energy:0.999:256].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
     profile: Annotated[str | None, typer.Option(help="portable, compact or vllm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw at random.")] = None,
@@ -105,6 +109,8 @@ def merge(
 
     `braid merge hub:org/math-lora@main hub:org/code-lora@main --url http://127.0.0.1:8000`
 
+    `braid merge ./dora ./math --base-model ./llama --base-rank 64`
+
     `braid merge -f recipe.yaml --rank energy:0.99`
 
     `braid merge ./math ./code ./law --method rmm -p budget=0.25 -o basis` makes a basis; see `braid reconstruct`.
@@ -112,8 +118,9 @@ def merge(
     from app import commands
 
     with _problems_told():
-        flags = {"method": method, "dtype": dtype, "profile": profile, "seed": seed, "name": name}
-        request = commands.build_request(recipe, sources or [], weight or [], parameter or [], rank, flags, post=post or [])
+        flags = {"method": method, "dtype": dtype, "profile": profile, "seed": seed, "name": name, "base_model": base_model}
+        given = (recipe, sources or [], weight or [], parameter or [], rank, flags)
+        request = commands.build_request(*given, base_rank=base_rank, post=post or [])
         if url is None:
             settings = _settings(data_dir=data_dir)
             merged = commands.merge_here(settings, request, output, out, token=hub_token)

@@ -16,13 +16,14 @@ from rich.console import Console
 from app import data_commands, ingest
 from app.adapters import describe_shard
 from app.client import Client, Refused
-from app.console import basis_table, certificate_table, how_to_load, left_out_table, progress_bar, training_table
+from app.console import basis_table, certificate_table, grounded_table, how_to_load, left_out_table, progress_bar, training_table
 from app.engine.child import workbench
 from app.engine.devices import available
 from app.engine.direct import DirectExecutor
 from app.engine.local import threads_for
 from app.engine.workflow import Run, run_all
 from app.errors import InvalidField, UnknownAdapter
+from app.grounding.recipe import ground_recipes
 from app.learning import local
 from app.recipe import Recipe
 from app.report import read_report
@@ -30,7 +31,7 @@ from app.resolve import pin, resolve
 from app.schemas import TASK_NAME, MergeRequest
 from app.services import Services
 from app.settings import Settings
-from storage.digest import Digest
+from storage.digest import Descriptor, Digest
 from storage.errors import BadDigest, BadSource
 from storage.gc import collect
 from storage.index import AdapterRecord
@@ -60,6 +61,7 @@ def build_request(
     rank: str | None,
     flags: Mapping[str, Any],
     *,
+    base_rank: str | None = None,
     post: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The body of POST /merge from a recipe file and flags, the flags winning. Raises InvalidField."""
@@ -71,6 +73,8 @@ def build_request(
         raise InvalidField("sources", "name at least one adapter, or a recipe with --recipe")
     if rank is not None:
         request["rank"] = parse_rank(rank)
+    if base_rank is not None:
+        request["base_rank"] = parse_rank(base_rank, "--base-rank")
     if post:
         request["post"] = [_post_step(text) for text in post]
     parse_request(request)  # what comes from the file is known to have its shape from here on
@@ -113,6 +117,7 @@ def run_here(services: Services, recipe: Recipe, output: Path, console: Console)
 def merge_there(url: str, request: Mapping[str, Any], output: Path, console: Console, *, token: str | None) -> Merged:
     """Merge on a server, follow the job, download the result. Raises Refused if the job fails."""
     with Client.connect(url, token=token) as client:
+        local.refuse_directory(request)
         stored = [{**item, "source": _there(client, item["source"])} for item in _with_names(request["adapters"])]
         tasks = local.tasks_with(request, lambda file: str(client.add_data(file)["id"]))
         job = follow(client, client.merge({**request, "adapters": stored, "tasks": tasks}), console)
@@ -148,6 +153,8 @@ def show(merged: Merged, output: Path, console: Console) -> None:
         console.print(command, markup=False, highlight=False, soft_wrap=True)
         return
     console.print(certificate_table(merged.report))
+    if merged.report.get("grounded"):
+        console.print(grounded_table(merged.report["grounded"]))
     if merged.report.get("left_out"):
         console.print(left_out_table(merged.report["left_out"]))
     if "training" in merged.report:
@@ -241,7 +248,7 @@ def _live(services: Services) -> Iterator[Digest]:
         yield artefact
         yield from _parts(services, artefact)
     yield from (checkpoint.digest for checkpoint in services.jobs.live_checkpoints())
-    for shard in services.jobs.live_shards():
+    for shard in (*services.jobs.live_shards(), *_of_groundings(services)):
         yield shard.digest
         if services.blobs.stat(shard.digest) is not None:
             yield describe_shard(services.blobs, shard)[0].digest
@@ -249,10 +256,20 @@ def _live(services: Services) -> Iterator[Digest]:
 
 def _in_use(services: Services) -> Iterator[Digest]:
     """All that recipes of jobs under way name: it may have been forgotten since, but the job was promised it."""
+    yield from (digest for recipe in _under_way(services) for digest in _digests(recipe))
+
+
+def _of_groundings(services: Services) -> Iterator[Descriptor]:
+    """Shards of what jobs under way ground first, which is no job of its own."""
+    for recipe in _under_way(services):
+        for grounding in ground_recipes(Recipe.from_json(recipe)):
+            yield from services.jobs.shards(grounding.digest).values()
+
+
+def _under_way(services: Services) -> Iterator[Mapping[str, Any]]:
     after = None
     while page := services.jobs.page(limit=_PAGE, after=after, states=("queued", "running")):
-        for job in page:
-            yield from _digests(job.recipe)
+        yield from (job.recipe for job in page)
         after = (page[-1].created_at, str(page[-1].id))
 
 
@@ -346,7 +363,7 @@ def _post_step(text: str) -> dict[str, Any]:
     return {"name": name, "parameters": dict(_parameter(part) for part in given.split(",") if part)}
 
 
-def parse_rank(text: str) -> int | dict[str, float]:
+def parse_rank(text: str, flag: str = "--rank") -> int | dict[str, float]:
     """`32`, `energy:0.99` or `energy:0.99:64`, as in a request. Raises InvalidField."""
     kind, *numbers = text.split(":")
     try:
@@ -354,4 +371,4 @@ def parse_rank(text: str) -> int | dict[str, float]:
             return {"energy": float(numbers[0])} | ({"max": int(numbers[1])} if len(numbers) > 1 else {})
         return int(text)
     except (ValueError, IndexError) as error:
-        raise InvalidField("--rank", f"{text!r} is neither a number nor energy:0.99 nor energy:0.99:64") from error
+        raise InvalidField(flag, f"{text!r} is neither a number nor energy:0.99 nor energy:0.99:64") from error

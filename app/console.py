@@ -18,6 +18,7 @@ _STAGES = {
     "queued": "waiting for a worker",
     "fetch": "fetching inputs",
     "learn": "learning coefficients",
+    "ground": "grounding modules in the base model",
     "survey": "surveying modules",
     "merge": "computing modules",
     "assemble": "writing the result",
@@ -57,6 +58,18 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
     table.add_section()
     whole = f" and {totals['left_out']} tensors left out" if totals.get("left_out") else ""
     table.add_row(f"all {totals['modules']} modules{whole}", str(totals["rank"]), *_losses(totals), style="bold")
+    return table
+
+
+def grounded_table(grounded: Sequence[Mapping[str, Any]]) -> Table:
+    """What inputs that depend on the base model's weights lost before the merge."""
+    table = Table(title="Cut before the merge: adapters that depend on the base model's weights")
+    table.add_column("adapter", overflow="fold", min_width=16)
+    for heading in ("rank", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("base model", overflow="fold")
+    for each in grounded:
+        table.add_row(escape(each["name"]), str(each["rank"]), _error(each["relative_error"]), escape(each["base"]))
     return table
 
 

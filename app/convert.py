@@ -17,6 +17,7 @@ from app import adapters, ingest
 from app.adapters import OpenAdapter
 from app.engine.child import workbench
 from app.engine.local import threads_for
+from app.grounding.recipe import refuse_ungrounded
 from app.services import Services
 from merge_algos import formats
 from merge_algos.errors import NonFiniteResult
@@ -68,6 +69,7 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     identity = _identity(record, to)
     opened = OpenAdapter.open(services.blobs, record.id)
     with closing(opened.tensors):
+        refuse_ungrounded([opened.spec])
         shapes = agreed_shapes([opened.spec])
         layers = layers_of([opened.spec], shapes)
         ranks = _ranks(opened.spec, shapes, to)

@@ -15,6 +15,8 @@ from storage.manifest import canonical_json
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Profile = Literal["portable", "compact", "vllm"]
+# left out of the JSON where there is none, so that a recipe without it keeps its digest
+_ABSENT = ("extends", "base_model", "tasks", "models", "base_rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class Recipe:
     """A merge as a value. dtype `auto` is the widest dtype among the inputs, which is itself a function of the recipe.
 
     extends: the basis that these adapters are added to.  base_model: `hub:org/name@<commit>` or `sha256:<manifest>`, where
-    coefficients are learned.  models: what an adapter is extracted from, in place of merged adapters.
+    coefficients are learned or inputs need its weights.  base_rank: what such inputs are cut to; None is the default.  models:
+    what an adapter is extracted from, in place of merged adapters.
     """
 
     method: str
@@ -91,9 +94,10 @@ class Recipe:
     base_model: str | None = None
     tasks: tuple[RecipeTask, ...] = ()
     models: RecipeModels | None = None
+    base_rank: RankRule | None = None
 
     def to_json(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self).items() if v or k not in ("extends", "base_model", "tasks", "models")}
+        given = {k: v for k, v in asdict(self).items() if v or k not in _ABSENT}
         lists = {"adapters": [_input_json(item) for item in self.adapters], "post": [asdict(step) for step in self.post]}
         tasks = [{**asdict(task), "data": list(task.data), "restricted": list(task.restricted)} for task in self.tasks]
         return {"schema": 1, **given, **lists, **({"tasks": tasks} if tasks else {})}
@@ -105,8 +109,8 @@ class Recipe:
         steps = tuple(RecipeStep(**step) for step in data["post"])
         tasks = tuple(map(_task, data.get("tasks", ())))
         models = RecipeModels(**data["models"]) if "models" in data else None
-        rank = RankRule(**data["rank"])
-        return cls(**{**fields, "rank": rank, "adapters": inputs, "post": steps, "tasks": tasks, "models": models})
+        rules = {name: RankRule(**data[name]) for name in ("rank", "base_rank") if name in data}
+        return cls(**{**fields, **rules, "adapters": inputs, "post": steps, "tasks": tasks, "models": models})
 
     @property
     def digest(self) -> Digest:

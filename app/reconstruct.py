@@ -96,6 +96,8 @@ def _make(services: Services, basis: BasisRecord, weights: Mapping[str, float], 
             parts, report = _verbatim(services, opened, *places.values(), asked=(basis, weights, identity))
         else:
             parts, report = _decoded(services, opened, basis, places, weights, rule, identity)
+        grounded = [opened.task(place)["grounded"] for place in places.values() if "grounded" in opened.task(place)]
+        report |= {"grounded": grounded} if grounded else {}
     manifest = AdapterManifest(
         base_model=opened.manifest.base_model,
         config=parts[0],

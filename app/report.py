@@ -1,4 +1,4 @@
-"""The certificate of a merge or an extraction: what was lost, module by module, and in all."""
+"""The certificate of a merge, an extraction or a grounding: what was lost, module by module, and in all."""
 
 import json
 import math
@@ -9,11 +9,13 @@ from typing import Any
 from app.recipe import Recipe
 from merge_algos import catalogue
 from merge_algos.extract import Extract
+from merge_algos.ground import Ground
 from merge_algos.merge import ModuleReport
 from storage.blobs import BlobStore
 from storage.digest import Descriptor, Digest
 from storage.manifest import AdapterManifest, BaseManifest, named_parts
 
+_OF_TASKS = ("name", "input", "licence", "input_bytes", "relative_error", "grounded")
 _NOISE = 1e-6  # of the largest norm: below it a module is what float32 leaves of a sum that cancels
 
 
@@ -24,21 +26,59 @@ def certificate(
     *,
     rank: int,
     training: Mapping[str, Any] | None = None,
+    grounded: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """`report.json`. Errors are relative Frobenius norms, energies fractions of squared norms; totals are over all modules.
 
-    training: how the coefficients were learned, where they were.
+    training: how the coefficients were learned, where they were.  grounded: as `grounded_section` gives it, of the inputs that
+    were; what they lost before the merge is in no total but `exact`, because only a linear method passes it on as it is.
     """
+    cut = [each for each in grounded if not each["exact"]]
     return {
         **({"training": training} if training else {}),
+        **({"grounded": list(grounded)} if grounded else {}),
         "schema": 1,
         "recipe": recipe.to_json(),
         "recipe_digest": str(recipe.digest),
         "paper": catalogue.find(recipe.method).paper,
         "inputs": [_input(digest, manifest) for digest, manifest in inputs],
-        "totals": _totals(modules, rank),
+        "totals": {**_totals(modules, rank), **({"exact": False} if cut else {})},
         "worst_module": _worst(modules),
         "modules": [asdict(module) for module in modules],
+    }
+
+
+def grounding_certificate(
+    recipe: Recipe, adapter: tuple[Digest, AdapterManifest], base: str, modules: Sequence[ModuleReport], *, rank: int
+) -> dict[str, Any]:
+    """`report.json` of an adapter made a plain LoRA, as of a merge of it alone. base: where its weights came from."""
+    return {
+        "schema": 1,
+        "kind": "grounding",
+        "recipe": recipe.to_json(),
+        "recipe_digest": str(recipe.digest),
+        "paper": Ground.paper,
+        "base": base,
+        "inputs": [_input(*adapter)],
+        "totals": {**_totals(modules, rank), "norm": math.sqrt(math.fsum(m.norm**2 for m in modules))},
+        "worst_module": _worst(modules),
+        "modules": [asdict(module) for module in modules],
+    }
+
+
+def grounded_section(name: str, grounded: Digest, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a merge says of one grounded input. name: the task's.  grounded: the plain LoRA.  report: its certificate."""
+    totals = report["totals"]
+    kept = ("norm", "relative_error", "retained_energy", "rounding_error", "exact")
+    return {
+        "name": name,
+        "input": report["inputs"][0]["id"],
+        "id": str(grounded),
+        "base": report["base"],
+        "rank_rule": report["recipe"]["rank"],
+        "rank": totals["rank"],
+        **{key: totals[key] for key in kept},
+        "worst_module": report["worst_module"],
     }
 
 
@@ -104,7 +144,7 @@ def basis_certificate(recipe: Recipe, groups: Sequence[Mapping[str, Any]], tenso
             "mean_error": sum(errors) / len(errors),
             "max_error": max(errors),
         },
-        "tasks": [{key: task[key] for key in ("name", "input", "licence", "input_bytes", "relative_error")} for task in tasks],
+        "tasks": [{key: task[key] for key in _OF_TASKS if key in task} for task in tasks],
         "modules": [
             {"module": name, **{key: module[key] for key in ("codec", "size_bytes", "input_bytes", "errors")}}
             for name, module in modules

@@ -9,14 +9,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from app import base_models, ingest
 from app.bases import OpenBasis
-from app.engine.workflow import plan_for
+from app.engine.workflow import preview
 from app.errors import InvalidField, UnknownAdapter
 from app.learning import request as learning
 from app.recipe import Recipe, RecipeInput, RecipeStep
-from app.schemas import AdapterInput, ExtendRequest, MergeRequest, PostStepRequest
+from app.schemas import AdapterInput, ExtendRequest, MergeRequest, PostStepRequest, RankRequest
 from app.services import Services
 from merge_algos import catalogue, post
 from merge_algos.errors import BadPattern, InvalidParams
+from merge_algos.ground import DEFAULT_RULE
 from merge_algos.merge import check_count, check_rule, default_weights, refuse_unknown
 from merge_algos.patterns import matching
 from merge_algos.protocol import Method, PostStep
@@ -41,8 +42,10 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
     if method.produces == "basis":
         _check_basis(request)
     learning.check(request, method)
+    if request.base_rank is not None and request.base_model is None:
+        raise InvalidField("base_rank", "only what depends on the weights of a base_model is cut to it")
     check_count(method, len(request.adapters))
-    rule = _rank(request)
+    rule = _rule(request.rank)
     check_rule(method, rule)
     steps = _steps(request.post)
     weights = _weights(method, request.adapters)
@@ -62,6 +65,7 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
         post=steps,
         base_model=base_models.pin(services, request.base_model, token=token) if request.base_model else None,
         tasks=tuple(learning.pinned(n, task, services, token) for n, task in enumerate(request.tasks)),
+        base_rank=_base_rank(request),
     )
     _check_plan(recipe, services)
     return recipe
@@ -81,6 +85,8 @@ def resolve_extension(basis: BasisRecord, request: ExtendRequest, services: Serv
         seed=request.seed,
         profile=first["profile"],
         allow_base_mismatch=request.allow_base_mismatch,
+        base_model=request.base_model,
+        base_rank=request.base_rank,
     )
     recipe = dataclasses.replace(resolve(asked, services, token=token), extends=str(basis.id))
     (item,) = recipe.adapters
@@ -217,10 +223,15 @@ def _natural_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:_NATURAL_CHARS] or "task"
 
 
-def _rank(request: MergeRequest) -> RankRule:
-    if request.rank is None or isinstance(request.rank, int):
-        return RankRule(max=request.rank)
-    return RankRule(max=request.rank.max, energy=request.rank.energy)
+def _rule(asked: RankRequest | None) -> RankRule:
+    return RankRule(max=asked) if asked is None or isinstance(asked, int) else RankRule(max=asked.max, energy=asked.energy)
+
+
+def _base_rank(request: MergeRequest) -> RankRule | None:
+    """Written out where the base model is there for nothing else; a recipe that learns is what it was before there was one."""
+    if request.base_rank is None and (request.tasks or request.base_model is None):
+        return None
+    return DEFAULT_RULE if request.base_rank is None else _rule(request.base_rank)
 
 
 def _input(item: AdapterInput, source: str, name: str, weight: float) -> RecipeInput:
@@ -232,7 +243,7 @@ def _check_plan(recipe: Recipe, services: Services) -> None:
     known = [_stored(item.source, services) for item in recipe.adapters]
     present = [digest for digest in known if digest is not None]
     if len(present) == len(known):
-        plan_for(services, recipe, present)
+        preview(services, recipe, present)
 
 
 def _stored(source: str, services: Services) -> Digest | None:

@@ -15,8 +15,10 @@ TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 TaskName = Annotated[str, StringConstraints(pattern=TASK_NAME)]
 Pattern = Annotated[str, StringConstraints(max_length=512)]
 BASE_HELP = (
-    "for methods that learn: hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
+    "for methods that learn and adapters whose deltas depend on its weights (DoRA): hub:org/name[@revision], "
+    "dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
 )
+BASE_RANK_HELP = "what an adapter that depends on the base model's weights is cut to; default: energy 0.999, max 256"
 MODEL_HELP = "hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>; safetensors only"
 DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
 HUB_HELP = "hub:org/name[/subfolder or file.safetensors][@revision]"
@@ -112,6 +114,7 @@ class MergeRequest(Body):
     )
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
     base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)
+    base_rank: RankRequest | None = Field(default=None, description=BASE_RANK_HELP)
     tasks: list[LearningTask] = Field(default=[], max_length=64, description="what a method that learns is to serve")
     post: list[PostStepRequest] = Field(default=[], max_length=8, description="steps on the result, after it is cut to its rank")
     name: Name | None = Field(default=None, description="also make the result known as name:<this>")
@@ -123,6 +126,8 @@ class ExtendRequest(Body):
     dtype: Dtype = Field(default="auto", description="of the adapter when it is reconstructed; auto is its own")
     seed: int = Field(default=0, ge=0, lt=2**63)
     allow_base_mismatch: bool = Field(default=False, description="add an adapter of another base model all the same")
+    base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)
+    base_rank: RankRequest | None = Field(default=None, description=BASE_RANK_HELP)
 
 
 class ExtractRequest(Body):
@@ -183,7 +188,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 class Progress(BaseModel):
     stage: str = Field(
-        description="queued, fetch (counts adapters), learn (counts steps), survey (counts modules, in rounds), "
+        description="queued, fetch (counts adapters), ground (counts modules), learn (counts steps), "
+        "survey (counts modules, in rounds), "
         "merge (counts modules, also of an extraction), assemble"
     )
     done: int

@@ -91,7 +91,7 @@ def _checkpoint(services: Services, job: Digest) -> Mapping[str, Any] | None:
 def adapter_view(services: Services, record: AdapterRecord) -> AdapterView:
     """An adapter with the first of its names. What a private one is called is no secret here, its files are."""
     names = services.index.names_of(record.id)
-    merged = record.source.kind in ("merge", "basis", "conversion", "extract")
+    merged = record.source.kind in ("merge", "basis", "conversion", "extract", "ground")
     return AdapterView(
         id=str(record.id),
         name=names[0] if names else None,

@@ -24,10 +24,10 @@ def canonical_json(value: Any) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where an adapter came from. reference: `hub:org/name@commit`, a digest of what was asked for (merge, basis,
-    extract, conversion), or empty for an upload.
+    extract, conversion, ground), or empty for an upload.
     """
 
-    kind: Literal["hub", "upload", "merge", "basis", "extract", "conversion"]
+    kind: Literal["hub", "upload", "merge", "basis", "extract", "conversion", "ground"]
     reference: str = ""
 
 

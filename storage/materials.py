@@ -33,7 +33,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class BaseRecord:
-    """One base model; `id` is its manifest. size_bytes: of all its files.  restricted: as of a data file."""
+    """One base model; `id` is its manifest. size_bytes: of all its files.  restricted: as of a data file.
+
+    source: `hub:org/name@commit`, with `#<digest of their names>` where it is some of its tensors; or `dir:<folder>`.
+    """
 
     id: Digest
     source: str
@@ -68,6 +71,12 @@ class Materials:
         """The base model imported from this pinned source, if any."""
         row = self._first(select(base_models).where(base_models.c.source == source))
         return _base(row) if row else None
+
+    def bases_from(self, beginning: str) -> tuple[BaseRecord, ...]:
+        """Base models whose source begins so, in the order of their sources."""
+        query = select(base_models).where(base_models.c.source.startswith(beginning, autoescape=True))
+        with reading(self.engine) as connection:
+            return tuple(_base(row) for row in connection.execute(query.order_by(base_models.c.source)))
 
     def files_from(self, beginning: str) -> tuple[FileRecord, ...]:
         """Data files whose source begins so, in the order of their sources."""

@@ -7,6 +7,7 @@ from typing import Any
 from app import adapters, bases
 from app.bases import EncodedModule
 from app.engine.bench import Workbench
+from app.engine.grounding import sections
 from app.engine.messages import EncodeTask, JoinTask
 from app.recipe import Recipe
 from app.report import basis_certificate
@@ -43,7 +44,9 @@ def join(task: JoinTask, bench: Workbench) -> Descriptor:
         "parameters": dict(recipe.parameters),
         "dtype": recipe.dtype,
         "profile": recipe.profile,
-        "tasks": [_task(bench, recipe, modules, n, digest, shapes) for n, digest in enumerate(task.inputs)],
+        "tasks": [
+            _task(task, bench, recipe, modules, n, shapes) | _grounded(task, bench, recipe, n) for n in range(len(task.inputs))
+        ],
         "modules": {m["module"]: {k: v for k, v in m.items() if k != "module"} for m in modules},
         "layout": layout,
     }
@@ -95,25 +98,33 @@ def _bytes(blobs: BlobStore, part: Descriptor | None) -> bytes:
 
 
 def _task(
+    task: JoinTask,
     bench: Workbench,
     recipe: Recipe,
     modules: Sequence[Mapping[str, Any]],
     n: int,
-    digest: Digest,
     shapes: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
-    """What reconstruction needs to know of one adapter when the adapter is gone."""
-    opened = bench.open_adapter(digest)
+    """What reconstruction needs to know of one adapter when the adapter is gone. What was grounded is cast to its own type."""
+    origins = task.origins or task.inputs
+    opened = bench.open_adapter(task.inputs[n])
     return {
         "name": recipe.adapters[n].name,
-        "input": str(digest),
+        "input": str(origins[n]),
         "licence": opened.manifest.licence,
         "revision": opened.spec.revision,
         "task_type": opened.spec.task_type,
         "fan_in_fan_out": opened.spec.fan_in_fan_out,
-        "dtype": adapters.spelling(adapters.widest(opened.dtypes)),
+        "dtype": adapters.spelling(adapters.widest(bench.open_adapter(origins[n]).dtypes)),
         "modules": {module.name: module.r for module in opened.spec.modules},
         "layers": {name: layer.to_json() for name, layer in opened.spec.layers.items() if layer != LINEAR},
         "input_bytes": sum(2 * module.r * sum(shapes[module.name]) for module in opened.spec.modules),
         "relative_error": bases.whole_error(modules, n),
     }
+
+
+def _grounded(task: JoinTask, bench: Workbench, recipe: Recipe, n: int) -> dict[str, Any]:
+    """What one adapter lost before it came into the basis, if its deltas depend on the base model's weights."""
+    name, origins = recipe.adapters[n].name, task.origins or task.inputs
+    found = [own for own in sections(bench.services.blobs, recipe, origins, task.inputs) if own["name"] == name]
+    return {"grounded": found[0]} if found else {}

@@ -13,10 +13,14 @@ from storage.digest import Descriptor, Digest
 
 @dataclass(frozen=True, slots=True)
 class FetchTask:
-    """Bring one pinned source into the store: answers with the manifest of the adapter, or of the base model."""
+    """Bring one pinned source into the store: answers with the manifest of the adapter, or of the base model.
+
+    needed_by: of the base model at least the tensors that this adapter needs.
+    """
 
     source: str
     what: Literal["adapter", "base"] = "adapter"
+    needed_by: Digest | None = None
     kind: Literal["fetch"] = "fetch"
 
 
@@ -49,9 +53,10 @@ class LearnTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """Merge or extract some modules: answers with a shard, which is factors in a safetensors blob and their reports in JSON.
+    """Merge, extract or ground some modules: answers with a shard: factors in a safetensors blob and their reports in JSON.
 
-    known: what a survey has settled of the whole adapters, None where the method asks for none.
+    known: what a survey has settled of the whole adapters, None where the method asks for none.  origins: the adapters that
+    `inputs` are or were grounded from, one each.
     """
 
     recipe: Mapping[str, Any]
@@ -60,6 +65,7 @@ class ShardTask:
     weights: Mapping[str, tuple[float, ...]]
     number: int
     known: Any = None
+    origins: tuple[Digest, ...] = ()
     kind: Literal["shard"] = "shard"
 
 
@@ -68,6 +74,7 @@ class AssembleTask:
     """Put the shards together, in order: answers with the adapter's manifest.
 
     learned: the last checkpoint of the training, where there was one.  known: as of ShardTask, where it is to be certified.
+    origins: as of ShardTask.
     """
 
     recipe: Mapping[str, Any]
@@ -76,6 +83,7 @@ class AssembleTask:
     shards: tuple[Descriptor, ...]
     learned: Digest | None = None
     known: Any = None
+    origins: tuple[Digest, ...] = ()
     kind: Literal["assemble"] = "assemble"
 
 
@@ -95,12 +103,16 @@ class EncodeTask:
 
 @dataclass(frozen=True, slots=True)
 class JoinTask:
-    """Put the shards together as a basis, after those of the basis it extends: answers with the basis's manifest."""
+    """Put the shards together as a basis, after those of the basis it extends: answers with the basis's manifest.
+
+    origins: as of ShardTask.
+    """
 
     recipe: Mapping[str, Any]
     inputs: tuple[Digest, ...]
     base_model: str
     shards: tuple[Descriptor, ...]
+    origins: tuple[Digest, ...] = ()
     kind: Literal["join"] = "join"
 
 

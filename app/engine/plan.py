@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from app.extract.models import OpenPair
+from app.grounding.recipe import refuse_ungrounded
 from app.profiles import served_rank
 from app.recipe import Recipe, module_weights
 from merge_algos import catalogue
@@ -14,6 +15,7 @@ from merge_algos.extract import as_matrix, tensor_of
 from merge_algos.formats.components import check_names
 from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.ground import rank_bound
 from merge_algos.merge import check_count, check_rule
 from merge_algos.protocol import BasisMethod
 
@@ -42,6 +44,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     check_rule(method, recipe.rank)
     if method.produces == "basis":
         cast(BasisMethod, method).check_inputs(len(specs), max(spec.rank for spec in specs))
+    refuse_ungrounded(specs)
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     check_names(specs)
     modules = agreed_shapes(specs)
@@ -50,6 +53,15 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     _check_rank(recipe, ranks, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
     return Plan(base_model, modules, layers, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
+
+
+def plan_grounding(recipe: Recipe, spec: AdapterSpec, *, shard_bytes: int) -> Plan:
+    """The modules of one adapter. spec: with every shape."""
+    specs = {module.name: module for module in sorted(spec.modules, key=lambda module: natural(module.name))}
+    modules = {name: module.shape for name, module in specs.items() if module.shape is not None}
+    assert len(modules) == len(specs)
+    sizes = {name: _shipped_bytes(recipe, rank_bound(specs[name], recipe.rank), shape) for name, shape in modules.items()}
+    return Plan(spec.base_model, modules, spec.layers, dict.fromkeys(modules, ()), _shards(sizes, shard_bytes))
 
 
 def plan_extraction(recipe: Recipe, pair: OpenPair, known: Any, *, shard_bytes: int) -> Plan:

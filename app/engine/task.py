@@ -6,10 +6,13 @@ from typing import Any, cast
 
 from app import adapters, base_models, ingest
 from app.card import model_card
-from app.engine import basis, extraction, learning
+from app.engine import basis, extraction, grounding, learning
 from app.engine.assembly import put_weights, shipped_dtype
 from app.engine.bench import Workbench
+from app.engine.grounding import sections
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
+from app.grounding import fetch
+from app.grounding.recipe import is_grounding
 from app.profiles import shipped_ranks
 from app.recipe import Recipe
 from app.report import certificate
@@ -27,13 +30,15 @@ from storage.sources.hub import HubRef
 
 def run_task(task: Task, bench: Workbench) -> Descriptor:
     """Raises the errors of the libraries as they are; who called turns them into a problem."""
-    extracts = not isinstance(task, FetchTask) and Recipe.from_json(task.recipe).models is not None
+    recipe = None if isinstance(task, FetchTask) else Recipe.from_json(task.recipe)
+    extracts = recipe is not None and recipe.models is not None
+    grounds = recipe is not None and is_grounding(recipe)
     bodies: Mapping[type[Task], Callable[..., Descriptor]] = {
         FetchTask: _fetch,
         LearnTask: learning.advance,
         SurveyTask: extraction.survey if extracts else _survey,
-        ShardTask: extraction.extract_shard if extracts else _merge_shard,
-        AssembleTask: extraction.assemble if extracts else _assemble,
+        ShardTask: extraction.extract_shard if extracts else grounding.ground_shard if grounds else _merge_shard,
+        AssembleTask: extraction.assemble if extracts else grounding.assemble if grounds else _assemble,
         EncodeTask: basis.encode_shard,
         JoinTask: basis.join,
     }
@@ -43,7 +48,8 @@ def run_task(task: Task, bench: Workbench) -> Descriptor:
 def _fetch(task: FetchTask, bench: Workbench) -> Descriptor:
     services = bench.services
     if task.what == "base":
-        digest = base_models.obtain(services, task.source)
+        spec = bench.open_adapter(task.needed_by).spec if task.needed_by else None
+        digest = fetch.obtain(services, task.source, spec) if spec else base_models.obtain(services, task.source)
         return Descriptor(digest, services.blobs.stat(digest) or 0, MEDIA_BASE)
     digest = _find(task.source, services)
     return Descriptor(digest, services.blobs.stat(digest) or 0, MEDIA_MANIFEST)
@@ -80,7 +86,7 @@ def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
 
 
 def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
-    dtypes = (dtype for digest in task.inputs for dtype in bench.open_adapter(digest).dtypes)
+    dtypes = (dtype for digest in task.origins or task.inputs for dtype in bench.open_adapter(digest).dtypes)
     dtype = shipped_dtype(recipe, dtypes)
     method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
@@ -90,7 +96,8 @@ def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> 
 
 def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     blobs, recipe = bench.services.blobs, Recipe.from_json(task.recipe)
-    inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in task.inputs]
+    origins = task.origins or task.inputs
+    inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in origins]
     specs = [bench.open_adapter(digest).spec for digest in task.inputs]
     shapes = agreed_shapes(specs)
     layers = layers_of(specs, shapes)
@@ -98,17 +105,18 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     reports = tuple(report for shard in shards for report in shard.reports)
     ranks = shipped_ranks({report.module: report.rank_out for report in reports}, recipe.profile)
     learned = adapters.read_json(blobs, task.learned) if task.learned else None
-    report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=learned and learned["training"])
+    training, grounded = learned and learned["training"], sections(blobs, recipe, origins, task.inputs)
+    report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=training, grounded=grounded)
     manifest = AdapterManifest(
         base_model=task.base_model,
         config=blobs.put([canonical_json(_config(task, specs, ranks, layers))], media_type=MEDIA_JSON),
         weights=put_weights(blobs, shards, shapes, layers, ranks),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
-        inputs=task.inputs,
+        inputs=origins,
         report=blobs.put([canonical_json(report)], media_type=MEDIA_JSON),
         card=blobs.put([model_card(report, task.base_model).encode()], media_type=MEDIA_MARKDOWN),
-        coefficients=blobs.put([canonical_json(_coefficients(recipe, task.inputs, learned))], media_type=MEDIA_JSON)
+        coefficients=blobs.put([canonical_json(_coefficients(recipe, origins, learned))], media_type=MEDIA_JSON)
         if learned
         else None,
     )

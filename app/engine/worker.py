@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -134,8 +135,10 @@ def _steps(run: Run, attempt: int) -> str:
     job = run.recipe.digest
     log.info("job %s started: %s", job, run.recipe.method)
     step = _step
-    inputs = [Digest.parse(d) for d in step("fetch", lambda: [str(d) for d in stages.fetch(run)])]
-    checkpoint = step("learn", lambda: stages.learn(run, inputs)) if run.recipe.base_model else None
+    fetched = [Digest.parse(d) for d in step("fetch", lambda: [str(d) for d in stages.fetch(run)])]
+    # no step of DBOS: its outcome is kept in the index, where other jobs find it as well
+    run, inputs = replace(run, origins=tuple(fetched)), _told(_outcome(lambda: stages.ground(run, fetched)))
+    checkpoint = step("learn", lambda: stages.learn(run, inputs)) if run.recipe.tasks else None
     table = stages.learned_table(run.services, checkpoint) if checkpoint else None
     known = table or stages.survey(run, inputs, partial(step, "survey"))
     shards = step("merge", lambda: stages.to_json(stages.merge(run, inputs, known)))
@@ -150,7 +153,11 @@ def _step(name: str, body: Callable[[], Any]) -> Any:
 
     A problem is kept as the step's outcome: an error that DBOS kept would come back from a crash as one of its own.
     """
-    outcome = DBOS.run_step({"name": name}, lambda: _outcome(body))
+    return _told(DBOS.run_step({"name": name}, lambda: _outcome(body)))
+
+
+def _told(outcome: Mapping[str, Any]) -> Any:
+    """Raises TaskFailed for a problem."""
     if "problem" in outcome:
         raise TaskFailed(outcome["problem"])
     return outcome["done"]

@@ -1,6 +1,7 @@
 """A merge as a durable workflow: fetch, plan, survey where the method asks for it, merge shard by shard, assemble, publish.
 
-An extraction is one too: what it fetches are two models, and its shards are cut from their difference.
+An extraction is one too: what it fetches are two models, and its shards are cut from their difference. So is a grounding, which
+makes one input of a merge a plain LoRA before the merge sees it.
 
 DBOS remembers which steps are done, the store remembers which shards are. Every step may run twice, so each one
 publishes by digest. A problem is an ordinary outcome: it is recorded as the job's, and the workflow itself succeeds.
@@ -10,20 +11,25 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import compress
 from typing import Any, TypeVar, cast
 
 from app import adapters, base_models, bases, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask
-from app.engine.plan import Plan, plan, plan_extraction
+from app.engine.plan import Plan, plan, plan_extraction, plan_grounding
 from app.extract.models import method_of, open_pair
+from app.grounding.recipe import ground_recipe, is_grounding, to_ground
+from app.grounding.weights import completed, open_weights
 from app.recipe import Recipe
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.adapter import agree, common_base
 from merge_algos.extract import Extract
+from merge_algos.formats.spec import AdapterSpec
 from merge_algos.formats.together import agreed_layers
+from merge_algos.ground import DEFAULT_RULE, Ground, expected
 from merge_algos.protocol import BasisMethod, MergeMethod, Method
 from storage.digest import Descriptor, Digest
 from storage.index import AdapterRecord, BasisRecord
@@ -35,13 +41,17 @@ T = TypeVar("T", SurveyTask, ShardTask, EncodeTask)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One attempt at one job. `report(stage, done, total)` is told about progress; `stop()` says whether to give up."""
+    """One attempt at one job. `report(stage, done, total)` is told about progress; `stop()` says whether to give up.
+
+    origins: the adapters of the recipe, where the inputs of later stages are or may be what was grounded from them.
+    """
 
     services: Services
     recipe: Recipe
     executor: Executor
     report: Callable[[str, int, int], None]
     stop: Callable[[], bool]
+    origins: tuple[Digest, ...] = ()
 
 
 def fetch(run: Run) -> tuple[Digest, ...]:
@@ -57,11 +67,57 @@ def fetch(run: Run) -> tuple[Digest, ...]:
     return tuple(found[source] for source in sources)
 
 
+def ground(run: Run, fetched: Sequence[Digest]) -> tuple[Digest, ...]:
+    """The inputs of the merge: of each adapter itself, or the plain LoRA that it is beside the base model's weights.
+
+    That one is cached in the index under the digest of its own recipe, its shards resume as those of a merge.
+    Raises what `to_ground` raises.
+    """
+    if run.recipe.base_model is None:
+        return tuple(fetched)  # the plan refuses what would need one
+    specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in fetched]
+    chosen = to_ground(run.recipe, specs)
+    counts = [len(spec.modules) if needed else 0 for spec, needed in zip(specs, chosen, strict=True)]
+    inputs = list(fetched)
+    for number, needed in enumerate(chosen):
+        if needed:
+            told = _counting(run, sum(counts[:number]), sum(counts))
+            own = ground_recipe(run.recipe, run.recipe.adapters[number])
+            inputs[number] = _grounded(replace(run, recipe=own, report=told, origins=()), fetched[number])
+    return tuple(inputs)
+
+
+def _counting(run: Run, before: int, total: int) -> Callable[[str, int, int], None]:
+    """The report of one grounding among several: modules of all of them."""
+    run.report("ground", before, total)
+
+    def told(stage: str, done: int, _: int) -> None:
+        if stage == "merge":
+            run.report("ground", before + done, total)
+
+    return told
+
+
+def _grounded(run: Run, adapter: Digest) -> Digest:
+    """run: of the recipe of one grounding."""
+    known = run.services.index.result(run.recipe.digest)
+    if known is not None and ingest.complete(run.services, known.target):
+        return known.target
+    assert run.recipe.base_model is not None
+    fetching = FetchTask(run.recipe.base_model, "base", adapter)
+    ((_, base),) = run.executor.run([fetching], stop=run.stop)
+    pair = (adapter, base.digest)
+    artefact = assemble(run, pair, merge(run, pair))
+    publish(run.services, run.recipe, artefact)
+    return artefact
+
+
 def learn(run: Run, inputs: Sequence[Digest]) -> dict[str, Any] | None:
     """The last checkpoint of the training, if the method needs one; begun where an earlier attempt was interrupted."""
     recipe, jobs = run.recipe, run.services.jobs
-    if recipe.base_model is None:
+    if not recipe.tasks:
         return None
+    assert recipe.base_model is not None
     fetching = FetchTask(recipe.base_model, "base")
     ((_, base),) = run.executor.run([fetching], stop=run.stop)
     checkpoint = jobs.checkpoint(recipe.digest)
@@ -110,9 +166,8 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     run.report("merge", done, len(planned.modules))
     kind: Any = EncodeTask if method.produces == "basis" else ShardTask
     todo = [_task(kind, run, inputs, planned, n, known) for n in range(len(planned.shards)) if n not in finished]
-    if kind is EncodeTask:
-        group = _group(run)
-        todo = [replace(task, group=group) for task in todo]
+    extra: dict[str, Any] = {"group": _group(run)} if kind is EncodeTask else {"origins": run.origins}
+    todo = [replace(task, **extra) for task in todo]
     for task, shard in run.executor.run(todo, stop=run.stop):
         run.services.jobs.add_shard(run.recipe.digest, task.number, shard)
         finished[task.number] = shard
@@ -132,7 +187,7 @@ def assemble(
     planned = plan_for(run.services, run.recipe, inputs, known)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
-    task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards))
+    task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards), origins=run.origins)
     if checkpoint is not None:
         task = replace(task, learned=Descriptor.from_json(checkpoint).digest)
     if run.recipe.models is not None:
@@ -158,24 +213,27 @@ def publish(services: Services, recipe: Recipe, artefact: Digest, *, attempt: in
 
 def _record(services: Services, recipe: Recipe, artefact: Digest) -> tuple[AdapterRecord | BasisRecord, tuple[Digest, ...]]:
     """The index row of a result, and what it was made of: adapters, and the basis that a basis extends."""
-    if recipe.models is not None or catalogue.find(recipe.method).produces == "adapter":
+    if recipe.models is not None or is_grounding(recipe) or catalogue.find(recipe.method).produces == "adapter":
         opened = OpenAdapter.open(services.blobs, artefact)
         merged = ingest.describe_merged(services, opened.manifest, artefact, opened.spec)
-        learned_from = _learned_from(services, recipe)
-        return replace(merged, restricted=tuple(dict.fromkeys((*merged.restricted, *learned_from)))), opened.manifest.inputs
+        return replace(merged, restricted=_restricted(services, recipe, merged)), opened.manifest.inputs
     basis = bases.OpenBasis.open(services.blobs, artefact)
     extends = Digest.parse(recipe.extends) if recipe.extends else None
     modules = {name for group in basis.contents["groups"] for task in group["tasks"] for name in task["modules"]}
-    record = ingest.describe_basis(services, basis.manifest, artefact, len(modules), extends)
+    described = ingest.describe_basis(services, basis.manifest, artefact, len(modules), extends)
+    record = replace(described, restricted=_restricted(services, recipe, described))
     return record, (*([extends] if extends else []), *basis.manifest.inputs)
 
 
-def _learned_from(services: Services, recipe: Recipe) -> tuple[str, ...]:
-    """What a result is restricted by through the data and the base model that its coefficients were learned with."""
+def _restricted(services: Services, recipe: Recipe, record: ingest.Restricted) -> tuple[str, ...]:
+    """What a result is restricted by: its inputs, and the data and the base model that it was learned or grounded with."""
     data = tuple(source for task in recipe.tasks for source in task.restricted)
-    if recipe.base_model is None:
-        return data
-    return (*data, *base_models.restrictions(services, base_models.obtain(services, recipe.base_model)))
+    base: tuple[str, ...] = ()
+    if recipe.tasks and recipe.base_model is not None:
+        base = base_models.restrictions(services, base_models.obtain(services, recipe.base_model))
+    elif recipe.base_model is not None:
+        base = base_models.restricted_by(services, recipe.base_model)
+    return tuple(dict.fromkeys((*record.restricted, *data, *base)))
 
 
 def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None) -> Plan:
@@ -186,7 +244,32 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known
     if recipe.models is not None:
         with open_pair(services, recipe, inputs) as pair:
             return plan_extraction(recipe, pair, known, shard_bytes=services.settings.shard_bytes)
-    specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
+    if is_grounding(recipe):
+        adapter, base = inputs
+        spec = OpenAdapter.open(services.blobs, adapter).spec
+        with open_weights(services, base, spec) as weights:
+            return plan_grounding(recipe, completed(spec, weights), shard_bytes=services.settings.shard_bytes)
+    return _plan_merge(services, recipe, [OpenAdapter.open(services.blobs, digest).spec for digest in inputs])
+
+
+def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> None:
+    """Refuse what can be refused of a merge whose adapters are in the store, before anything is grounded.
+
+    Raises what `to_ground` and the plan raise; and, where the base model is in the store too, what `completed` does.
+    """
+    specs = [OpenAdapter.open(services.blobs, digest).spec for digest in fetched]
+    chosen = to_ground(recipe, specs)
+    base = base_models.held(services, recipe.base_model) if recipe.base_model else None
+    for number in (number for number, needed in enumerate(chosen) if needed and base is not None):
+        assert base is not None
+        with open_weights(services, base, specs[number]) as weights:
+            specs[number] = completed(specs[number], weights)
+    if all(module.shape is not None for spec in compress(specs, chosen) for module in spec.modules):
+        rule = recipe.base_rank or DEFAULT_RULE
+        _plan_merge(services, recipe, [expected(s, rule) if needed else s for s, needed in zip(specs, chosen, strict=True)])
+
+
+def _plan_merge(services: Services, recipe: Recipe, specs: Sequence[AdapterSpec]) -> Plan:
     planned = plan(recipe, specs, shard_bytes=services.settings.shard_bytes)
     if recipe.extends is not None:
         parent = bases.OpenBasis.open(services.blobs, Digest.parse(recipe.extends))
@@ -199,7 +282,8 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known
 
 def run_all(run: Run) -> Digest:
     """The whole merge in this process, without a job database: what the command line does when there is no server."""
-    inputs = fetch(run)
+    fetched = fetch(run)
+    run, inputs = replace(run, origins=fetched), ground(run, fetched)
     checkpoint = learn(run, inputs)
     known = learned_table(run.services, checkpoint) if checkpoint else survey(run, inputs, lambda body: body())
     adapter = assemble(run, inputs, merge(run, inputs, known), checkpoint, known)
@@ -207,9 +291,11 @@ def run_all(run: Run) -> Digest:
     return adapter
 
 
-def _method(run: Run) -> MergeMethod | BasisMethod | Extract:
+def _method(run: Run) -> MergeMethod | BasisMethod | Extract | Ground:
     if run.recipe.models is not None:
         return method_of(run.recipe)
+    if is_grounding(run.recipe):
+        return Ground()
     return catalogue.build(run.recipe.method, run.recipe.parameters)
 
 

@@ -21,7 +21,7 @@ from storage.errors import NoBaseModel
 from storage.manifest import BaseManifest
 from storage.tensors import TensorFile, TensorInfo, open_tensors
 
-_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})  # their linear layers are `Conv1D`
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})  # their linear layers are `Conv1D`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +83,7 @@ def open_pair(services: Services, recipe: Recipe, inputs: Sequence[Digest]) -> I
     `reasons_against` raise.
     """
     with ExitStack() as stack:
-        base, tuned = (_open(services, digest, which, stack) for digest, which in zip(inputs, ("base", "tuned"), strict=True))
+        base, tuned = _plain(services, inputs[0], "base", stack), _plain(services, inputs[1], "tuned", stack)
         shapes = pair_up(base.shapes, tuned.shapes)
         yield OpenPair(base, tuned, shapes, reasons_against(shapes, _vocabulary(base.config), method_of(recipe)))
 
@@ -94,13 +94,23 @@ def method_of(recipe: Recipe) -> Extract:
     return build_any(Extract, {**recipe.parameters, **lists})
 
 
-def _open(services: Services, digest: Digest, which: Any, stack: ExitStack) -> OpenModel:
+def _plain(services: Services, digest: Digest, which: Literal["base", "tuned"], stack: ExitStack) -> OpenModel:
+    """Raises BadBase for a model whose linear layers are stored transposed."""
+    model = open_model(services, digest, which, stack)
+    if model.config.get("model_type") in TRANSPOSED:
+        raise BadBase(f"the linear layers of a {model.config['model_type']} are stored transposed, which is not extracted from")
+    return model
+
+
+def open_model(services: Services, digest: Digest, which: Literal["base", "tuned"], stack: ExitStack) -> OpenModel:
+    """One model of safetensors files, open until the stack is closed.
+
+    Raises BlobNotFound, NoBaseModel for weights in GGUF, IncomparableTensor for a tensor in two files.
+    """
     manifest = base_models.read(services, digest)
     if GGUF in manifest.files:
-        raise NoBaseModel(manifest.source, "weights in a GGUF are quantised, so they have no exact difference; use safetensors")
+        raise NoBaseModel(manifest.source, "weights in a GGUF are quantised, so nothing exact comes of them; use safetensors")
     config = read_json(services.blobs, manifest.files[CONFIG].digest)
-    if config.get("model_type") in _TRANSPOSED:
-        raise BadBase(f"the linear layers of a {config['model_type']} are stored transposed, which is not extracted from")
     paths = [services.blobs.path(part.digest) for name, part in manifest.files.items() if name.endswith(".safetensors")]
     files: dict[str, TensorFile] = {}
     for file in [stack.enter_context(open_tensors(path)) for path in paths]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.errors import InvalidField
 from app.settings import Settings
 
 
@@ -19,6 +20,16 @@ def base_here(settings: Settings, request: Mapping[str, Any]) -> tuple[Settings,
         return settings, dict(request)
     folder = Path(base).resolve()
     return settings.model_copy(update={"bases_dir": folder.parent}), {**request, "base_model": f"dir:{folder.name}"}
+
+
+def refuse_directory(request: Mapping[str, Any]) -> None:
+    """Raises InvalidField for a directory of this machine, which a server reads nothing from."""
+    base = request.get("base_model")
+    if base and ":" not in base and Path(base).is_dir():
+        reason = (
+            "a server does not read directories of this machine; name hub:org/name, or dir: and a folder that its operator allows"
+        )
+        raise InvalidField("base_model", reason)
 
 
 def _tasks(request: Mapping[str, Any]) -> list[Mapping[str, Any]]:

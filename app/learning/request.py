@@ -13,9 +13,8 @@ from storage.digest import Digest
 def check(request: MergeRequest, method: Method) -> None:
     """Raises InvalidField naming what is missing, superfluous or contradictory."""
     if not isinstance(method, Learned):
-        for field in ("base_model", "tasks"):
-            if getattr(request, field):
-                raise InvalidField(field, f"{method.name} does not learn, so it has no use for this")
+        if request.tasks:
+            raise InvalidField("tasks", f"{method.name} does not learn, so it has no use for this")
         return
     if request.base_model is None:
         raise InvalidField("base_model", f"{method.name} learns, so it needs the model that the adapters were trained on")

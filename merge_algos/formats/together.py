@@ -19,7 +19,7 @@ def agreed_shapes(specs: Sequence[AdapterSpec]) -> dict[str, Shape]:
             raise UnsupportedAdapter(
                 f"module {module.name[:200]}",
                 f"a {module.kind} file does not say how wide this layer is, and no other adapter here has it",
-                "merge it with an adapter of the same layers that says so; one of weight 0 will do",
+                "merge it with an adapter of the same layers that says so (one of weight 0 will do), or give base_model",
             )
         kinds.registry()[module.kind].complete(module, shapes[module.name])
     return shapes
