@@ -89,6 +89,9 @@ def merge(
         str | None, typer.Option(help="Where DoRA and its like, or learning, need it; also a directory.")
     ] = None,
     base_rank: Annotated[str | None, typer.Option(help="What those are cut to, as --rank [default: energy:0.999:256].")] = None,
+    extras: Annotated[
+        str | None, typer.Option(help="Trained modules, biases, tokens: refuse, average or from:NAME [default: refuse].")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")] = None,
     profile: Annotated[str | None, typer.Option(help="portable, compact or vllm.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw at random.")] = None,
@@ -120,7 +123,7 @@ def merge(
     with _problems_told():
         flags = {"method": method, "dtype": dtype, "profile": profile, "seed": seed, "name": name, "base_model": base_model}
         given = (recipe, sources or [], weight or [], parameter or [], rank, flags)
-        request = commands.build_request(*given, base_rank=base_rank, post=post or [])
+        request = commands.build_request(*given, base_rank=base_rank, extras=extras, post=post or [])
         if url is None:
             settings = _settings(data_dir=data_dir)
             merged = commands.merge_here(settings, request, output, out, token=hub_token)

@@ -62,6 +62,7 @@ def build_request(
     flags: Mapping[str, Any],
     *,
     base_rank: str | None = None,
+    extras: str | None = None,
     post: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The body of POST /merge from a recipe file and flags, the flags winning. Raises InvalidField."""
@@ -75,6 +76,8 @@ def build_request(
         request["rank"] = parse_rank(rank)
     if base_rank is not None:
         request["base_rank"] = parse_rank(base_rank, "--base-rank")
+    if extras is not None:
+        request["extras"] = {"from": extras.removeprefix("from:")} if extras.startswith("from:") else extras
     if post:
         request["post"] = [_post_step(text) for text in post]
     parse_request(request)  # what comes from the file is known to have its shape from here on

@@ -30,7 +30,6 @@ def described(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapt
 FLAGS: dict[str, Any] = {
     "use_dora": True,
     "lora_bias": True,
-    "bias": "all",
     "modules_to_save": ["classifier"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [1, 3]],
@@ -63,9 +62,9 @@ def test_a_flag_that_is_not_set_is_accepted(flag: str, unset: Any) -> None:
     assert describe_with(**{flag: unset}).modules
 
 
-def test_bias_of_the_lora_layers_only_is_refused_too() -> None:
-    with pytest.raises(UnsupportedAdapter, match="bias"):
-        describe_with(bias="lora_only")
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+def test_biases_of_a_model_that_has_none_are_announced_in_vain(bias: str) -> None:
+    assert describe_with(bias=bias).extras == ()
 
 
 MOVING = ["pissa_niter_16", "PiSSA_niter_4", "corda", "loftq", "lora_ga", "an_init_of_the_future", 3]

@@ -255,7 +255,6 @@ CASES = [
     # the adapter
     configured("DoRA", "use_dora", use_dora=True),
     configured("lora_bias", "lora_bias", lora_bias=True),
-    configured("bias", "bias", bias="all"),
     configured("modules_to_save", "modules_to_save", modules_to_save=["head"]),
     configured("another kind", "IA3", peft_type="IA3"),
     configured("an initialisation that moves the base", "pissa", init_lora_weights="pissa_niter_4"),

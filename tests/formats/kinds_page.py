@@ -38,8 +38,8 @@ REMARKS = f"""\
 - **Bounds.** Where a kind's factors are larger than its file, those of one module hold at most {MAX_FACTOR_ENTRIES} numbers
   ({MIB} MiB of float32), which is checked before any tensor is read; forming them takes at most twice that in memory. A rank
   above the smaller side of a layer is cut to it without loss.
-- **Nothing is left over.** One tensor that no kind reads, or one flag that is unknown, refuses the adapter. Saved embeddings
-  (`save_embedding_layers`), `modules_to_save`, biases and trained tokens are such tensors.
+- **Nothing is left over.** One tensor that no kind reads, or one flag that is unknown, refuses the adapter. Saved embeddings,
+  `modules_to_save`, biases and trained tokens are [extras](formats.md): what becomes of them is for the request to say.
 """
 
 

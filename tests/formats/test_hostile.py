@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kind_cases import CASES, shapes
+from kind_cases import CASES, GROUNDED, shapes
 from making import PREFIX, Made
 from merge_algos import formats
 from merge_algos.errors import InvalidParams, MergeError, ShapeMismatch, UnsupportedAdapter
@@ -54,7 +54,7 @@ def test_any_header_is_described_or_refused(kind: Kind, data: st.DataObject) -> 
 @cache
 def real(kind: str) -> tuple[Made, Mapping[str, tuple[int, int]]]:
     """An adapter of this kind as PEFT writes it, and the shapes that its file may not say."""
-    case = next(case for case in CASES if case.kind == kind)
+    case = next(case for case in (*CASES, *GROUNDED) if case.kind == kind)
     with TemporaryDirectory() as directory:
         return read(case.save(Path(directory))), shapes(case.model())
 
@@ -69,7 +69,20 @@ def test_a_real_file_of_which_something_is_changed_is_read_or_refused(kind: Kind
         shape = data.draw(SMALL | st.just(tuple(like.shape)).flatmap(st.permutations).map(tuple))
         changed[name] = filled(like, shape, data.draw(st.sampled_from([0.0, 1.0, -3.0, 200.0, float("nan")])))
     config = {**made.config, **data.draw(st.just({}) | settings_of(kind))}
-    outcome(lambda: formats.read(config, changed, {**known, "up": data.draw(st.sampled_from([(20, 12), (12, 20), (7, 3)]))}))
+    up = data.draw(st.sampled_from([(20, 12), (12, 20), (7, 3)]))
+    outcome(lambda: whole(config, changed, {**known, "up": up}))
+
+
+def whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], known: Mapping[str, tuple[int, int]]) -> None:
+    """Every module, read alone or beside a base model's weight."""
+    for module in formats.describe(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}).modules:
+        own = formats.completed(module, module.shape or known[module.name])
+        by_role = {role: tensors[name][own.slices.get(role, ())] for role, name in own.tensors.items()}
+        assert own.shape is not None
+        if own.needs_base:
+            formats.ground(own, by_role, torch.linspace(-1, 1, own.shape[0] * own.shape[1]).reshape(own.shape))
+        else:
+            formats.load(own, by_role)
 
 
 def filled(like: Tensor, shape: tuple[int, ...], value: float) -> Tensor:

@@ -86,14 +86,6 @@ def test_a_real_prompt_is_refused_by_name(peft_type: str, tmp_path: Path) -> Non
 # --- variants and flags of kinds that are read
 
 VARIANTS: dict[str, tuple[Callable[[], PeftConfig], str, Callable[[], nn.Module]]] = {
-    "lora_bias": (lambda: peft.LoraConfig(target_modules=LINEAR, lora_bias=True), "lora_bias", zoo),
-    "bias": (lambda: peft.LoraConfig(target_modules=LINEAR, bias="lora_only"), "bias", zoo),
-    "modules_to_save": (lambda: peft.LoraConfig(target_modules=["up"], modules_to_save=["down"]), "modules_to_save", zoo),
-    "trainable tokens": (
-        lambda: peft.LoraConfig(target_modules=ATTENTION, trainable_token_indices=[1]),
-        "trainable_token_indices",
-        llama,
-    ),
     "KaSA": (lambda: peft.LoraConfig(target_modules=LINEAR, kasa_config=peft.KasaConfig()), "kasa_config", zoo),
     "activated": (lambda: peft.LoraConfig(target_modules=LINEAR, alora_invocation_tokens=[1]), "alora_invocation_tokens", zoo),
     "PiSSA by a sketch": (
@@ -193,7 +185,7 @@ def test_tensors_of_another_kind_are_refused(case: Case, tmp_path: Path) -> None
         described(Made(made.tensors, {**made.config, "peft_type": "MISS", "init_weights": True}))
 
 
-FLAGS: Mapping[str, Any] = {"bias": "all", "modules_to_save": ["head"], "a_flag_of_the_future": 3}
+FLAGS: Mapping[str, Any] = {"lora_bias": True, "modules_to_save": ["head"], "a_flag_of_the_future": 3}
 
 
 @pytest.mark.parametrize("flag", FLAGS)
