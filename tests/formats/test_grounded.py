@@ -1,5 +1,6 @@
 """Kinds whose delta depends on the base model's weight: beside it, it is PEFT's; without it, they are refused by name."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kind_cases import GROUNDED, LINEAR, lora
-from making import Made
+from making import PREFIX, Made
 from merge_algos import formats
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats.spec import AdapterSpec
@@ -35,7 +36,8 @@ def ingested(made: Made, weights: Mapping[str, Tensor]) -> dict[str, Tensor | Lo
     for module in described(made).modules:
         whole = formats.completed(module, tuple(weights[module.name].shape))
         tensors = {role: made.tensors[name] for role, name in whole.tensors.items()}
-        found[module.name] = formats.ground(whole, tensors, weights[module.name])
+        own = formats.ground(whole, tensors, weights[module.name]) if whole.needs_base else formats.load(whole, tensors)
+        found[module.name] = own
     return found
 
 
@@ -76,7 +78,7 @@ def test_the_rank_is_at_most_what_the_header_tells(case: Case, tmp_path: Path) -
 @grounded_case
 def test_without_the_base_it_is_refused_by_module(case: Case, tmp_path: Path) -> None:
     made = read(case.save(tmp_path))
-    module = described(made).modules[0]
+    module = next(module for module in described(made).modules if module.needs_base)
     with pytest.raises(UnsupportedAdapter, match="base_model") as refused:
         formats.load(module, {role: made.tensors[name] for role, name in module.tensors.items()})
     assert module.name in refused.value.subject
@@ -98,8 +100,9 @@ def test_a_magnitude_without_dora_is_refused(tmp_path: Path) -> None:
 def test_a_magnitude_of_another_width_is_refused(tmp_path: Path) -> None:
     made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
     name = next(name for name in made.tensors if "up.lora_magnitude" in name)
-    with pytest.raises(ShapeMismatch, match="up"):
-        described(Made({**made.tensors, name: torch.ones(3)}, made.config))
+    for shape in ((3,), (4, 5), (20, 1), (1, 20)):
+        with pytest.raises(ShapeMismatch, match=re.escape(name)):
+            described(Made({**made.tensors, name: torch.ones(shape)}, made.config))
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga", "loftq", "unheard of"])
@@ -115,13 +118,17 @@ def test_pissa_of_a_weight_that_does_not_say_where_it_began_is_refused(tmp_path:
         ingested(made, {"square": torch.eye(12)})
 
 
-@pytest.mark.parametrize(
-    "config", [{"init_lora_weights": "pissa", "use_dora": True}, {"init_lora_weights": "olora", "use_dora": True}]
-)
-def test_two_ways_at_once_are_refused(config: Mapping[str, object], tmp_path: Path) -> None:
-    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+def test_a_beginning_of_what_is_not_two_plain_factors_is_refused() -> None:
+    tensors = {f"{PREFIX}up.lora_A.weight": torch.ones(4, 12), f"{PREFIX}up.lora_B.weight": torch.ones(20, 4)}
+    latent = {f"{PREFIX}up.default_lora_latent_mapping.weight": torch.ones(4, 4)}
     with pytest.raises(UnsupportedAdapter, match="no known meaning"):
-        described(Made(made.tensors, {**made.config, **config}))
+        described(Made(tensors | latent, {"peft_type": "LORA", "r": 4, "init_lora_weights": "pissa"}))
+
+
+def test_a_magnitude_under_two_names_is_refused(tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"up\.lora_magnitude_vector.*twice"):
+        described(Made({**made.tensors, f"{PREFIX}up.lora_magnitude_vector.weight": torch.ones(20)}, made.config))
 
 
 def test_a_butterfly_of_several_factors_is_refused() -> None:
