@@ -155,6 +155,7 @@ GROUNDED = (
     hira("transposed", gpt2, target_modules=["c_attn"], fan_in_fan_out=True),
     rotating("HRA", "linear layers", peft.HRAConfig, r=4),
     rotating("HRA", "an odd number, Gram-Schmidt", peft.HRAConfig, r=3, apply_GS=True),
+    rotating("HRA", "a convolution", peft.HRAConfig, r=3, target_modules=["image", "point"]),
     rotating("HRA", "a language model", peft.HRAConfig, llama, r=4),
     rotating("OFT", "series", peft.OFTConfig, oft_block_size=4),
     rotating("OFT", "two terms", peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=2),
@@ -163,7 +164,10 @@ GROUNDED = (
     rotating("OFT", "Cayley transform", peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
     rotating("OFT", "constrained", peft.OFTConfig, oft_block_size=4, coft=True, eps=0.5),
     rotating("OFT", "shared block", peft.OFTConfig, oft_block_size=4, block_share=True, use_cayley_neumann=False),
+    rotating("OFT", "a convolution", peft.OFTConfig, oft_block_size=4, target_modules=["image", "point"]),
+    rotating("OFT", "an embedding", peft.OFTConfig, oft_block_size=4, target_modules=["words", "square"]),
     rotating("OFT", "a language model", peft.OFTConfig, llama, oft_block_size=8),
     rotating("BOFT", "one factor", peft.BOFTConfig, boft_block_size=4),
+    rotating("BOFT", "a convolution", peft.BOFTConfig, boft_block_num=2, boft_block_size=0, target_modules=["image", "point"]),
     rotating("BOFT", "a language model", peft.BOFTConfig, llama, boft_block_size=8),
 )

@@ -42,7 +42,7 @@ def ingested(made: Made, weights: Mapping[str, Tensor]) -> dict[str, Tensor | Lo
 
 
 def dense(delta: Tensor | LowRankDelta) -> Tensor:
-    return (delta.to_dense() if isinstance(delta, LowRankDelta) else delta).double()
+    return delta.to(torch.float64).to_dense() if isinstance(delta, LowRankDelta) else delta.double()
 
 
 def of_peft(case: Case, directory: Path) -> dict[str, Tensor]:
@@ -135,3 +135,59 @@ def test_a_butterfly_of_several_factors_is_refused() -> None:
     tensors = {"base_model.model.up.boft_R": torch.ones(2, 3, 4, 4), "base_model.model.up.boft_s": torch.ones(20, 1)}
     with pytest.raises(UnsupportedAdapter, match="2 butterfly factors"):
         described(Made(tensors, {"peft_type": "BOFT"}))
+
+
+def test_reflections_that_gram_schmidt_leaves_nothing_of_are_refused() -> None:
+    u = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    made = Made({f"{PREFIX}square.hra_u": torch.cat([u, u], 1)}, {"peft_type": "HRA", "r": 4, "apply_GS": True})
+    with pytest.raises(UnsupportedAdapter, match=r"square\.hra_u.*sum of those before"):
+        ingested(made, {"square": torch.eye(12)})
+
+
+def test_more_reflections_than_inputs_are_refused() -> None:
+    with pytest.raises(UnsupportedAdapter, match="13 reflections of 12"):
+        described(Made({f"{PREFIX}square.hra_u": torch.ones(12, 13)}, {"peft_type": "HRA", "r": 13}))
+
+
+@grounded_case
+def test_numbers_of_half_the_width_are_computed_with_in_float32(case: Case, tmp_path: Path) -> None:
+    made, weights = read(case.save(tmp_path)), of_the_base(case.model())
+    halved = {name: tensor.bfloat16() for name, tensor in made.tensors.items()}
+    ours = ingested(Made(halved, made.config), weights)
+    widened = ingested(Made({name: tensor.float() for name, tensor in halved.items()}, made.config), weights)
+    for name, delta in widened.items():
+        assert (dense(ours[name]) - dense(delta)).norm() <= 1e-6 * dense(delta).norm(), name
+
+
+RANKED = [case for case in GROUNDED if case.kind in {"HiRA", "HRA", "LoRA", "DEFT", "PEANuT", "GLoRA"}]
+
+
+@pytest.mark.parametrize("case", RANKED, ids=str)
+def test_a_rank_other_than_the_configured_is_refused(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(ShapeMismatch):
+        described(Made(made.tensors, {**made.config, "r": 11, "rank_pattern": {}}))
+
+
+@grounded_case
+def test_one_unknown_tensor_beside_it_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"tensor base_model\.model\.up\.novelty"):
+        described(Made({**made.tensors, f"{PREFIX}up.novelty": torch.ones(2)}, made.config))
+
+
+@grounded_case
+def test_a_flag_of_the_future_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match="a_flag_of_the_future"):
+        described(Made(made.tensors, {**made.config, "a_flag_of_the_future": 3}))
+
+
+@grounded_case
+def test_an_adapter_that_lacks_a_tensor_of_several_is_refused(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    modules = [set(module.tensors.values()) for module in described(made).modules]
+    for name in [name for tensors in modules for name in tensors if len(tensors) > 1]:
+        rest = {other: tensor for other, tensor in made.tensors.items() if other != name}
+        with pytest.raises((UnsupportedAdapter, ShapeMismatch)):
+            described(Made(rest, made.config))
