@@ -27,6 +27,7 @@ def dora(delta: LowRankDelta, magnitude: Tensor, W: Tensor) -> Tensor:
 def beside_pissa(delta: LowRankDelta, W: Tensor, r: int, module: str) -> LowRankDelta:
     """`s B A - W_r`, W_r the best rank-r part of W, from where PiSSA begins (Meng et al. 2024, arXiv:2404.02948).
 
+    What training lost when it rounded `W - W_r` to the type of its base model is in no file, and not here.
     Raises UnsupportedAdapter where W does not decide what its leading r directions are.
     """
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
@@ -37,7 +38,11 @@ def beside_pissa(delta: LowRankDelta, W: Tensor, r: int, module: str) -> LowRank
     return concat([delta, LowRankDelta(-U[:, :r] * S[:r], Vh[:r]).to(delta.B.dtype)])
 
 
-def beside_olora(delta: LowRankDelta, W: Tensor, r: int, scaling: float) -> LowRankDelta:
-    """`s (B A - Q_r R_r)` with W = Q R, from where OLoRA begins (Büyükakyüz 2024, arXiv:2406.01775)."""
-    Q, R = torch.linalg.qr(W.double())
-    return concat([delta, LowRankDelta(-scaling * Q[:, :r], R[:r]).to(delta.B.dtype)])
+def beside_olora(delta: LowRankDelta, W: Tensor, r: int, scaling: float, *, is_transposed: bool) -> LowRankDelta:
+    """`s (B A - Q_r R_r)` with W = Q R, from where OLoRA begins (Büyükakyüz 2024, arXiv:2406.01775).
+
+    is_transposed: the layer stores its weight as (d_in, d_out), and PEFT factors it as it is stored.
+    """
+    Q, R = torch.linalg.qr((W.mT if is_transposed else W).double())
+    begun = LowRankDelta(R[:r].mT, Q[:, :r].mT) if is_transposed else LowRankDelta(Q[:, :r], R[:r])
+    return concat([delta, LowRankDelta(-scaling * begun.B, begun.A).to(delta.B.dtype)])

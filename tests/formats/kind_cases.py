@@ -133,6 +133,18 @@ def hira(label: str, model: Any = zoo, **config: Any) -> Case:
     return Case("HiRA", label, model, lambda: peft.HiraConfig(**{"r": 3, **config}))
 
 
+def deft(label: str, model: Any = zoo, **config: Any) -> Case:
+    return Case("DEFT", label, model, lambda: peft.DeftConfig(**{"r": 3, "target_modules": LINEAR, **config}))
+
+
+def peanut(label: str, **config: Any) -> Case:
+    return Case("PEANuT", label, zoo, lambda: peft.PeanutConfig(**{"r": 3, "target_modules": LINEAR, **config}))
+
+
+def glora(label: str, model: Any = llama, **config: Any) -> Case:
+    return Case("GLoRA", label, model, lambda: peft.GloraConfig(**{"r": 3, "target_modules": ATTENTION, **config}))
+
+
 # whose delta depends on the base model's weight
 GROUNDED = (
     lora("DoRA", target_modules=LINEAR, use_dora=True),
@@ -143,13 +155,19 @@ GROUNDED = (
     lora("DoRA of a language model", llama, target_modules=ATTENTION, use_dora=True),
     lora("PiSSA", target_modules=LINEAR, init_lora_weights="pissa"),
     lora("PiSSA, rsLoRA and patterns", target_modules=LINEAR, init_lora_weights="pissa", use_rslora=True, rank_pattern={"up": 2}),
+    lora("PiSSA of a transposed model", gpt2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights="pissa"),
+    lora("PiSSA beside an embedding", llama, target_modules=["q_proj", "embed_tokens"], init_lora_weights="pissa"),
+    lora("PiSSA and DoRA at once", target_modules=LINEAR, init_lora_weights="pissa", use_dora=True),
     lora("OLoRA", target_modules=LINEAR, init_lora_weights="olora"),
+    lora("OLoRA of a transposed model", gpt2, target_modules=["attn.c_proj"], fan_in_fan_out=True, init_lora_weights="olora"),
+    lora("OLoRA and DoRA at once", target_modules=LINEAR, init_lora_weights="olora", use_dora=True, use_rslora=True),
     hira("linear layers", target_modules=LINEAR),
     hira("convolutions", target_modules=CONVOLUTIONS),
     hira("embeddings", target_modules=["words"]),
     hira("transposed", gpt2, target_modules=["c_attn"], fan_in_fan_out=True),
     rotating("HRA", "linear layers", peft.HRAConfig, r=4),
     rotating("HRA", "an odd number, Gram-Schmidt", peft.HRAConfig, r=3, apply_GS=True),
+    rotating("HRA", "a convolution", peft.HRAConfig, r=3, target_modules=["image", "point"]),
     rotating("HRA", "a language model", peft.HRAConfig, llama, r=4),
     rotating("OFT", "series", peft.OFTConfig, oft_block_size=4),
     rotating("OFT", "two terms", peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=2),
@@ -158,7 +176,23 @@ GROUNDED = (
     rotating("OFT", "Cayley transform", peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
     rotating("OFT", "constrained", peft.OFTConfig, oft_block_size=4, coft=True, eps=0.5),
     rotating("OFT", "shared block", peft.OFTConfig, oft_block_size=4, block_share=True, use_cayley_neumann=False),
+    rotating("OFT", "a convolution", peft.OFTConfig, oft_block_size=4, target_modules=["image", "point"]),
+    rotating("OFT", "an embedding", peft.OFTConfig, oft_block_size=4, target_modules=["words", "square"]),
     rotating("OFT", "a language model", peft.OFTConfig, llama, oft_block_size=8),
+    deft("ReLU"),
+    deft("QR, alpha", decomposition_method="qr", alpha=5, r=4),
+    deft("more than the outputs", r=14, target_modules=["down", "square"]),
+    deft("PaRa", para=True),
+    deft("PaRa by QR", llama, para=True, decomposition_method="qr", target_modules=ATTENTION),
+    deft("a transposed model", gpt2, target_modules=["c_attn"], fan_in_fan_out=True),
+    peanut("no depth"),
+    peanut("two layers", depth=2, act_fn="tanh", scaling=0.7),
+    *(peanut(f"{name}, a layer", depth=1, act_fn=name) for name in ("gelu", "leaky_relu", "linear", "sigmoid", "silu", "swish")),
+    glora("factors"),
+    glora("one number per output", config_A_B="vector"),
+    glora("one number", config_A_B="constant"),
+    glora("layers with biases, which stay", zoo, target_modules=LINEAR, config_C="none", config_D_E="none"),
     rotating("BOFT", "one factor", peft.BOFTConfig, boft_block_size=4),
+    rotating("BOFT", "a convolution", peft.BOFTConfig, boft_block_num=2, boft_block_size=0, target_modules=["image", "point"]),
     rotating("BOFT", "a language model", peft.BOFTConfig, llama, boft_block_size=8),
 )

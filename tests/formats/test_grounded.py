@@ -1,5 +1,6 @@
 """Kinds whose delta depends on the base model's weight: beside it, it is PEFT's; without it, they are refused by name."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kind_cases import GROUNDED, LINEAR, lora
-from making import Made
+from kind_cases import GROUNDED, LINEAR, glora, lora, peanut
+from making import PREFIX, Made
 from merge_algos import formats
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats.spec import AdapterSpec
 from merge_algos.lowrank import LowRankDelta
 from test_kinds import read
-from tiny import Case, as_matrices, quietly
+from tiny import Case, as_matrices, quietly, zoo
 
 grounded_case = pytest.mark.parametrize("case", GROUNDED, ids=str)
 
@@ -35,12 +36,13 @@ def ingested(made: Made, weights: Mapping[str, Tensor]) -> dict[str, Tensor | Lo
     for module in described(made).modules:
         whole = formats.completed(module, tuple(weights[module.name].shape))
         tensors = {role: made.tensors[name] for role, name in whole.tensors.items()}
-        found[module.name] = formats.ground(whole, tensors, weights[module.name])
+        own = formats.ground(whole, tensors, weights[module.name]) if whole.needs_base else formats.load(whole, tensors)
+        found[module.name] = own
     return found
 
 
 def dense(delta: Tensor | LowRankDelta) -> Tensor:
-    return (delta.to_dense() if isinstance(delta, LowRankDelta) else delta).double()
+    return delta.to(torch.float64).to_dense() if isinstance(delta, LowRankDelta) else delta.double()
 
 
 def of_peft(case: Case, directory: Path) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def test_the_rank_is_at_most_what_the_header_tells(case: Case, tmp_path: Path) -
 @grounded_case
 def test_without_the_base_it_is_refused_by_module(case: Case, tmp_path: Path) -> None:
     made = read(case.save(tmp_path))
-    module = described(made).modules[0]
+    module = next(module for module in described(made).modules if module.needs_base)
     with pytest.raises(UnsupportedAdapter, match="base_model") as refused:
         formats.load(module, {role: made.tensors[name] for role, name in module.tensors.items()})
     assert module.name in refused.value.subject
@@ -98,8 +100,9 @@ def test_a_magnitude_without_dora_is_refused(tmp_path: Path) -> None:
 def test_a_magnitude_of_another_width_is_refused(tmp_path: Path) -> None:
     made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
     name = next(name for name in made.tensors if "up.lora_magnitude" in name)
-    with pytest.raises(ShapeMismatch, match="up"):
-        described(Made({**made.tensors, name: torch.ones(3)}, made.config))
+    for shape in ((3,), (4, 5), (20, 1), (1, 20)):
+        with pytest.raises(ShapeMismatch, match=re.escape(name)):
+            described(Made({**made.tensors, name: torch.ones(shape)}, made.config))
 
 
 @pytest.mark.parametrize("begun", ["pissa_niter_4", "corda", "lora_ga", "loftq", "unheard of"])
@@ -115,16 +118,103 @@ def test_pissa_of_a_weight_that_does_not_say_where_it_began_is_refused(tmp_path:
         ingested(made, {"square": torch.eye(12)})
 
 
-@pytest.mark.parametrize(
-    "config", [{"init_lora_weights": "pissa", "use_dora": True}, {"init_lora_weights": "olora", "use_dora": True}]
-)
-def test_two_ways_at_once_are_refused(config: Mapping[str, object], tmp_path: Path) -> None:
-    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+def test_a_beginning_of_what_is_not_two_plain_factors_is_refused() -> None:
+    tensors = {f"{PREFIX}up.lora_A.weight": torch.ones(4, 12), f"{PREFIX}up.lora_B.weight": torch.ones(20, 4)}
+    latent = {f"{PREFIX}up.default_lora_latent_mapping.weight": torch.ones(4, 4)}
     with pytest.raises(UnsupportedAdapter, match="no known meaning"):
-        described(Made(made.tensors, {**made.config, **config}))
+        described(Made(tensors | latent, {"peft_type": "LORA", "r": 4, "init_lora_weights": "pissa"}))
+
+
+def test_a_magnitude_under_two_names_is_refused(tmp_path: Path) -> None:
+    made = read(lora("DoRA", target_modules=LINEAR, use_dora=True).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"up\.lora_magnitude_vector.*twice"):
+        described(Made({**made.tensors, f"{PREFIX}up.lora_magnitude_vector.weight": torch.ones(20)}, made.config))
 
 
 def test_a_butterfly_of_several_factors_is_refused() -> None:
     tensors = {"base_model.model.up.boft_R": torch.ones(2, 3, 4, 4), "base_model.model.up.boft_s": torch.ones(20, 1)}
     with pytest.raises(UnsupportedAdapter, match="2 butterfly factors"):
         described(Made(tensors, {"peft_type": "BOFT"}))
+
+
+def test_reflections_that_gram_schmidt_leaves_nothing_of_are_refused() -> None:
+    u = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    made = Made({f"{PREFIX}square.hra_u": torch.cat([u, u], 1)}, {"peft_type": "HRA", "r": 4, "apply_GS": True})
+    with pytest.raises(UnsupportedAdapter, match=r"square\.hra_u.*sum of those before"):
+        ingested(made, {"square": torch.eye(12)})
+
+
+def test_more_reflections_than_inputs_are_refused() -> None:
+    with pytest.raises(UnsupportedAdapter, match="13 reflections of 12"):
+        described(Made({f"{PREFIX}square.hra_u": torch.ones(12, 13)}, {"peft_type": "HRA", "r": 13}))
+
+
+@grounded_case
+def test_numbers_of_half_the_width_are_computed_with_in_float32(case: Case, tmp_path: Path) -> None:
+    made, weights = read(case.save(tmp_path)), of_the_base(case.model())
+    halved = {name: tensor.bfloat16() for name, tensor in made.tensors.items()}
+    ours = ingested(Made(halved, made.config), weights)
+    widened = ingested(Made({name: tensor.float() for name, tensor in halved.items()}, made.config), weights)
+    for name, delta in widened.items():
+        assert (dense(ours[name]) - dense(delta)).norm() <= 1e-6 * dense(delta).norm(), name
+
+
+RANKED = [case for case in GROUNDED if case.kind not in {"OFT", "BOFT"} and "one number" not in case.label]
+
+
+@pytest.mark.parametrize("case", RANKED, ids=str)
+def test_a_rank_other_than_the_configured_is_refused(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(ShapeMismatch):
+        described(Made(made.tensors, {**made.config, "r": 11, "rank_pattern": {}}))
+
+
+@grounded_case
+def test_one_unknown_tensor_beside_it_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"tensor base_model\.model\.up\.novelty"):
+        described(Made({**made.tensors, f"{PREFIX}up.novelty": torch.ones(2)}, made.config))
+
+
+@grounded_case
+def test_a_flag_of_the_future_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match="a_flag_of_the_future"):
+        described(Made(made.tensors, {**made.config, "a_flag_of_the_future": 3}))
+
+
+@grounded_case
+def test_an_adapter_that_lacks_a_tensor_of_several_is_refused(case: Case, tmp_path: Path) -> None:
+    made = read(case.save(tmp_path))
+    modules = [set(module.tensors.values()) for module in described(made).modules]
+    for name in [name for tensors in modules for name in tensors if len(tensors) > 1]:
+        rest = {other: tensor for other, tensor in made.tensors.items() if other != name}
+        with pytest.raises((UnsupportedAdapter, ShapeMismatch)):
+            described(Made(rest, made.config))
+
+
+def test_a_generalised_lora_of_biases_is_refused_by_name(tmp_path: Path) -> None:
+    made = read(Case("", "", zoo, lambda: peft.GloraConfig(target_modules=LINEAR, r=3)).save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"glora_C\.Xd.*changes the bias"):
+        described(made)
+
+
+def test_zeros_that_are_none_are_refused_by_name(tmp_path: Path) -> None:
+    case = glora("factors")
+    made = read(case.save(tmp_path))
+    name = next(name for name in made.tensors if name.endswith("glora_E.zeros"))
+    with pytest.raises(UnsupportedAdapter, match=re.escape(name)):
+        ingested(Made({**made.tensors, name: torch.ones(16)}, made.config), of_the_base(case.model()))
+
+
+def test_a_projection_that_only_rounding_decides_is_refused_by_name() -> None:
+    p = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    tensors = {f"{PREFIX}square.deft_P": torch.cat([p, p], 1), f"{PREFIX}square.deft_R": torch.ones(4, 12)}
+    with pytest.raises(UnsupportedAdapter, match=r"square\.deft_P.*rounding"):
+        ingested(Made(tensors, {"peft_type": "DEFT", "r": 4, "decomposition_method": "qr"}), {"square": torch.eye(12)})
+
+
+def test_an_activation_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    made = read(peanut("no depth").save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match="act_fn 'quick_gelu'"):
+        described(Made(made.tensors, {**made.config, "act_fn": "quick_gelu"}))

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_algos.formats.kind import Kind, Parts, Settings, check_equal, dimensions, roles_of
+from merge_algos.formats import fields
+from merge_algos.formats.kind import Kind, Parts, Settings, check_equal, check_rank, dimensions, roles_of
 from merge_algos.formats.spec import EMBEDDING, LINEAR, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 
@@ -28,7 +29,8 @@ class HiRA(Kind):
     flags = frozenset("hira_dropout init_weights r rank_pattern runtime_config".split())
 
     def settings(self, config: Mapping[str, Any], modules: Sequence[str]) -> Mapping[str, Settings]:
-        return dict.fromkeys(modules, Settings())  # nothing is scaled by the rank, which the tensors say themselves
+        r = fields.by_pattern(config, "r", "rank_pattern", modules, otherwise=32)
+        return {module: Settings(r[module]) for module in modules}
 
     def describe(self, parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
         is_embedding = roles_of(parts, _PLAIN, _EMBEDDING) == _EMBEDDING
@@ -36,6 +38,7 @@ class HiRA(Kind):
         (r, *inputs), (d_out, inner, *ones) = dimensions(parts, of_A, 2, 3, 4, 5), dimensions(parts, of_B, 2, 3, 4, 5)
         kernel = tuple(inputs[1:])
         check_equal(parts, (r, *(1 for _ in kernel)), (inner, *ones))
+        check_rank(parts, settings, of_A, r)
         shape = (d_out, math.prod(inputs))
         layer = EMBEDDING if is_embedding else Layer("conv", kernel) if kernel else LINEAR
         return (ModuleSpec(parts.module, shape, min(shape), self.name, parts.names, layer=layer, needs_base=True),)

@@ -99,7 +99,7 @@ class LoRA(Kind):
         keys = tuple(dict.fromkeys(key for module in modules for key in wrapped.get(module) or (module,)))
         r = fields.by_pattern(config, "r", "rank_pattern", keys)
         alpha = fields.by_pattern(config, "lora_alpha", "alpha_pattern", keys)
-        rslora = fields.flag(config, "use_rslora")
+        rslora, is_transposed = fields.flag(config, "use_rslora"), fields.flag(config, "fan_in_fan_out")
         found = {}
         for module in modules:
             own = wrapped.get(module, ())
@@ -107,7 +107,8 @@ class LoRA(Kind):
             if len(pairs) > 1:
                 reason = "its parameters differ in rank or alpha, and the file does not say which is which"
                 raise UnsupportedAdapter(f"module {module[:200]}", reason, "train them with one rank and alpha")
-            constants = {"parameters": own, "blocks": blocks.get(module, (1, 1)), "begun": begun, "is_dora": is_dora}
+            asked = {"begun": begun, "is_dora": is_dora, "is_transposed": is_transposed}
+            constants = {"parameters": own, "blocks": blocks.get(module, (1, 1)), **asked}
             found[module] = Settings(*pairs.pop(), rslora, constants)
         return found
 
@@ -133,7 +134,7 @@ class LoRA(Kind):
             check_equal(parts, (rank, rank), dimensions(parts, "latent", 2))
         check_rank(parts, settings, "lora_embedding_A" if layer == EMBEDDING else "lora_A", rank)
         spec = ModuleSpec(parts.module, (d_out, d_in), rank, self.name, parts.names, scaling(settings, rank), layer)
-        return (_with_base(parts, spec, grounding) if grounding else spec,)
+        return (_with_base(parts, settings, spec, grounding) if grounding else spec,)
 
     def load(self, spec: ModuleSpec, tensors: Mapping[str, Tensor]) -> LowRankDelta:
         if spec.layer == EMBEDDING:
@@ -144,13 +145,12 @@ class LoRA(Kind):
         return LowRankDelta(B @ tensors["latent"].float() if "latent" in tensors else B, A)
 
     def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor | LowRankDelta:
-        plain = self.load(spec, tensors).to(torch.float32)
-        match spec.constants["grounding"]:
-            case "pissa":
-                return grounded.beside_pissa(plain, W, plain.rank, spec.name)
-            case "olora":
-                return grounded.beside_olora(plain, W, plain.rank, spec.scaling)
-        return grounded.dora(plain, tensors["magnitude"], W)
+        how, delta = spec.constants["grounding"], self.load(spec, tensors).to(torch.float32)
+        if how.startswith("pissa"):
+            delta = grounded.beside_pissa(delta, W, delta.rank, spec.name)
+        elif how.startswith("olora"):
+            delta = grounded.beside_olora(delta, W, delta.rank, spec.scaling, is_transposed=spec.constants["is_transposed"])
+        return grounded.dora(delta, tensors["magnitude"], W) if how.endswith("dora") else delta
 
 
 def _beginning(config: Mapping[str, Any]) -> str | None:
@@ -167,9 +167,10 @@ def _beginning(config: Mapping[str, Any]) -> str | None:
 
 
 def _grounding(parts: Parts, settings: Settings, found: frozenset[str]) -> str | None:
-    """What the base weight has to do with the delta: `dora`, `pissa`, `olora`, or nothing. Raises UnsupportedAdapter."""
+    """What the base weight has to do with the delta: how it began, then `dora`, or nothing. Raises UnsupportedAdapter."""
     asked = settings.constants
-    begun, is_dora, has_magnitude = asked.get("begun"), asked.get("is_dora", False), "magnitude" in parts.shapes
+    begun = asked.get("begun") if found != _EMBEDDING else None  # which PEFT begins as any other LoRA
+    is_dora, has_magnitude = asked.get("is_dora", False), "magnitude" in parts.shapes
     if is_dora and not has_magnitude:
         reason = "use_dora is set, but it has no lora_magnitude_vector"
         raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "check how the adapter was saved")
@@ -177,25 +178,36 @@ def _grounding(parts: Parts, settings: Settings, found: frozenset[str]) -> str |
         reason = "it is a DoRA magnitude, which rescales the base weights, and no use_dora says so"
         remedy = "export the adapter as plain LoRA, or with its own config"
         raise UnsupportedAdapter(f"tensor {parts.names['magnitude'][:200]}", reason, remedy)
-    how = begun or ("dora" if is_dora else None)
+    how = " ".join([*([begun] if begun else []), *(["dora"] if is_dora else [])]) or None
     is_plain = found != _LATENT and not asked.get("parameters") and asked.get("blocks", (1, 1)) == (1, 1)
-    if how is not None and (not is_plain or (begun and is_dora)):
+    if how is not None and not is_plain:
         reason = f"{how} together with what else its config asks for has no known meaning"
         raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "save it converted to plain LoRA")
     return how
 
 
-def _with_base(parts: Parts, spec: ModuleSpec, how: str) -> ModuleSpec:
+def _with_base(parts: Parts, settings: Settings, spec: ModuleSpec, how: str) -> ModuleSpec:
     """The module as one that needs the base model's weight. Raises ShapeMismatch, UnsupportedAdapter."""
     assert spec.shape is not None
     d_out, d_in = spec.shape
-    if how == "dora":
-        check_equal(parts, (d_out,), (math.prod(parts.shapes["magnitude"]),))
-    elif spec.layer != LINEAR:
+    r = min(d_out, d_in)
+    if "magnitude" in parts.shapes:
+        _check_magnitude(parts, spec.layer, d_out)
+    else:
+        r = min(2 * spec.r, r)
+    if how != "dora" and spec.layer != LINEAR:
         reason = f"{how} begins in linear layers, and this is another layer"
         raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "save it converted to plain LoRA")
-    r = min(d_out, d_in) if how == "dora" else 2 * spec.r
-    return replace(spec, r=r, needs_base=True, constants={**spec.constants, "grounding": how, "rank": spec.r})
+    own = {"grounding": how, "rank": spec.r, "is_transposed": settings.constants["is_transposed"]}
+    return replace(spec, r=r, needs_base=True, constants={**spec.constants, **own})
+
+
+def _check_magnitude(parts: Parts, layer: Layer, d_out: int) -> None:
+    """Raises ShapeMismatch naming the tensor: d_out numbers, those of a convolution (1, d_out, *ones)."""
+    shape = parts.shapes["magnitude"]
+    expected = (1, d_out, *(1 for _ in layer.kernel)) if layer.kind == "conv" else (d_out,)
+    if shape != expected:
+        raise ShapeMismatch(parts.names["magnitude"], expected, shape)
 
 
 def _layer(parts: Parts, of_A: Sequence[int], of_B: Sequence[int]) -> Layer:

@@ -12,13 +12,13 @@ from torch import Tensor
 from merge_algos.errors import InvalidParams, ShapeMismatch
 from merge_algos.formats import fields
 from merge_algos.formats.kind import Kind, Parts, Settings, dimensions, roles_of
-from merge_algos.formats.spec import ModuleSpec, Shape
+from merge_algos.formats.spec import EMBEDDING, FLAT, ModuleSpec, Shape
 
-_MAX_TERMS = 1000
+_MAX_TERMS = 100  # of which each is a product of every block
 
 
 class OFT(Kind):
-    """`W R^T - W`, R block-diagonal, each block the Cayley transform of a skew-symmetric matrix.
+    """`W R^T - W`, of an embedding `R^T W - W`; R block-diagonal, each block the Cayley transform of a skew-symmetric matrix.
 
     Qiu et al. 2023, arXiv:2306.07280. R: (blocks, b (b - 1) / 2), what is above the diagonals.  use_cayley_neumann: a truncated
     series in its place, so that R is orthogonal only nearly.  coft: no block is further from the identity than eps.
@@ -27,10 +27,10 @@ class OFT(Kind):
 
     name = "OFT"
     paper = "arXiv:2306.07280"
-    meaning = "the base weight of a linear layer with blocks of its inputs rotated, less itself"
+    meaning = "the base weight with blocks of its inputs rotated, of an embedding its outputs, less itself"
     rank = "min(d_out, d_in)"
     peft_types = ("OFT",)
-    suffixes = MappingProxyType({"oft_R.weight": "R"})
+    suffixes = MappingProxyType({"oft_R.weight": "R", "oft_embedding_R.weight": "embedding_R"})
     flags = frozenset(
         "block_share coft eps init_weights module_dropout num_cayley_neumann_terms oft_block_size r use_cayley_neumann".split()
     )
@@ -46,27 +46,34 @@ class OFT(Kind):
         return dict.fromkeys(modules, Settings(constants=constants))
 
     def describe(self, parts: Parts, settings: Settings) -> tuple[ModuleSpec, ...]:
-        roles_of(parts, frozenset({"R"}))
-        blocks, above = dimensions(parts, "R", 2)
+        (role,) = roles_of(parts, frozenset({"R"}), frozenset({"embedding_R"}))
+        blocks, above = dimensions(parts, role, 2)
         side = (1 + math.isqrt(1 + 8 * above)) // 2
         if side * (side - 1) // 2 != above:
             raise ShapeMismatch(parts.module, (blocks, side * (side - 1) // 2), (blocks, above))
         constants = {**settings.constants, "side": side, "blocks": blocks}
-        rank = blocks * side  # at most, until the layer's shape is known
-        return (ModuleSpec(parts.module, None, rank, self.name, parts.names, constants=constants, needs_base=True),)
+        layer = FLAT if role == "R" else EMBEDDING
+        # the rank is the layer's, which only its shape says
+        spec = ModuleSpec(parts.module, None, blocks * side, self.name, parts.names, layer=layer, constants=constants)
+        return (replace(spec, needs_base=True),)
 
     def complete(self, spec: ModuleSpec, shape: Shape) -> ModuleSpec:
         side, blocks, shared = (spec.constants[key] for key in ("side", "blocks", "block_share"))
-        fits = shape[1] % side == 0 and blocks == 1 if shared else shape[1] == side * blocks
+        width = shape[0] if spec.layer == EMBEDDING else shape[1]
+        fits = width % side == 0 and blocks == 1 if shared else width == side * blocks
         if not fits:
-            raise ShapeMismatch(spec.name, shape, (shape[0], side * blocks))
+            expected = (side * blocks, shape[1]) if spec.layer == EMBEDDING else (shape[0], side * blocks)
+            raise ShapeMismatch(spec.name, expected, shape)
         return replace(spec, shape=shape, r=min(shape))
 
     def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor:
-        Q = skew(tensors["R"].double(), spec.constants["side"])
+        (above,) = tensors.values()
+        Q = skew(above.double(), spec.constants["side"])
         if spec.constants["eps"] is not None:
             Q = _near(Q, spec.constants["eps"] / math.sqrt(len(Q)))
         moved = _rotation(Q, spec.constants["terms"]) - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        if spec.layer == EMBEDDING:
+            return rotated(W.mT.double(), moved.mT).mT.float()
         return rotated(W.double(), moved).float()
 
 

@@ -102,7 +102,11 @@ def _split(shapes: Shapes, kind: Kind) -> dict[str, Parts]:
         if role is None:
             reason = _why_not(tensor, tuple(shapes[tensor]), kind)
             raise UnsupportedAdapter(f"tensor {tensor[:200]}", reason, "export the adapter as plain LoRA, without it")
-        (own.setdefault(module, {}) if module else shared)[role] = tensor
+        roles = own.setdefault(module, {}) if module else shared
+        if role in roles:
+            reason = f"it is there twice, also as {roles[role][:200]}"
+            raise UnsupportedAdapter(f"tensor {tensor[:200]}", reason, "check how the adapter was saved")
+        roles[role] = tensor
     if not own and shared:
         reason = f"it holds {', '.join(shared.values())} and no tensor of any module"
         raise UnsupportedAdapter("adapter_model.safetensors", reason, "save it whole (save_indices=True, save_projection=True)")
