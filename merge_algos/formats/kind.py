@@ -133,6 +133,13 @@ def scalar(parts: Parts, role: str) -> None:
         raise ShapeMismatch(parts.module, (1,), parts.shapes[role])
 
 
+def scaling(settings: Settings, r: float) -> float:
+    """What the factors are multiplied by; 1 where no config says it."""
+    if settings.alpha is None:
+        return 1.0
+    return settings.alpha / (math.sqrt(r) if settings.rslora else r)
+
+
 def needed(parts: Parts, roles: frozenset[str], reason: str, remedy: str) -> None:
     """Raises UnsupportedAdapter if one of these shared tensors is not in the file."""
     for role in sorted(roles - parts.shapes.keys()):

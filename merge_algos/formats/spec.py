@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from merge_algos.errors import NonFiniteTensor
+from merge_algos.formats.extras import Extra
 
 Shape = tuple[int, int]
 
@@ -82,13 +83,18 @@ class ModuleSpec:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A whole adapter. Modules in the file's order; every tensor of the file belongs to at least one of them."""
+    """A whole adapter. Modules in the file's order; every tensor of the file belongs to at least one of them, or is an extra.
+
+    extras_config: what its config says of its extras.
+    """
 
     base_model: str
     revision: str | None
     task_type: str | None
     fan_in_fan_out: bool
     modules: tuple[ModuleSpec, ...]
+    extras: tuple[Extra, ...] = ()
+    extras_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -20,8 +20,8 @@ from merge_algos.formats.kind import (
     in_full,
     roles_of,
     scalar,
+    scaling,
 )
-from merge_algos.formats.kinds.lora import scaling
 from merge_algos.formats.spec import FLAT, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 

@@ -7,9 +7,19 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from merge_algos.formats.kind import Parts, Settings, bounded, check_equal, check_rank, dimensions, in_full, roles_of, scalar
+from merge_algos.formats.kind import (
+    Parts,
+    Settings,
+    bounded,
+    check_equal,
+    check_rank,
+    dimensions,
+    in_full,
+    roles_of,
+    scalar,
+    scaling,
+)
 from merge_algos.formats.kinds.loha import LoHa, by_tensor, core_layer
-from merge_algos.formats.kinds.lora import scaling
 from merge_algos.formats.spec import FLAT, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 

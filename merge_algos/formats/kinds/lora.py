@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_algos.errors import InvalidParams, ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import fields, grounded
 from merge_algos.formats.bare_parameters import experts_of, parameters_of
-from merge_algos.formats.kind import Kind, Parts, Settings, bounded, check_equal, check_rank, dimensions, roles_of
+from merge_algos.formats.kind import Kind, Parts, Settings, bounded, check_equal, check_rank, dimensions, roles_of, scaling
 from merge_algos.formats.spec import EMBEDDING, LINEAR, Layer, ModuleSpec
 from merge_algos.lowrank import LowRankDelta
 
@@ -81,7 +81,6 @@ class LoRA(Kind):
     )
     reasons = MappingProxyType(
         {
-            "lora_bias": "a bias on lora_B is an update outside B A",
             "layer_replication": "its modules exist only in a base model with repeated layers",
             "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it is not one delta",
             "arrow_config": "a router over several adapters is not one delta",
@@ -154,13 +153,6 @@ class LoRA(Kind):
         return grounded.dora(plain, tensors["magnitude"], W)
 
 
-def scaling(settings: Settings, r: float) -> float:
-    """What the factors are multiplied by; 1 where no config says it."""
-    if settings.alpha is None:
-        return 1.0
-    return settings.alpha / (math.sqrt(r) if settings.rslora else r)
-
-
 def _beginning(config: Mapping[str, Any]) -> str | None:
     """How B A began, where that was in the base weight. Raises UnsupportedAdapter where nobody can know any more."""
     initial = config.get("init_lora_weights")
@@ -203,7 +195,7 @@ def _with_base(parts: Parts, spec: ModuleSpec, how: str) -> ModuleSpec:
         reason = f"{how} begins in linear layers, and this is another layer"
         raise UnsupportedAdapter(f"module {parts.module[:200]}", reason, "save it converted to plain LoRA")
     r = min(d_out, d_in) if how == "dora" else 2 * spec.r
-    return replace(spec, r=r, needs_base=True, constants={**spec.constants, "grounding": how})
+    return replace(spec, r=r, needs_base=True, constants={**spec.constants, "grounding": how, "rank": spec.r})
 
 
 def _layer(parts: Parts, of_A: Sequence[int], of_B: Sequence[int]) -> Layer:

@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats import fields, kinds
+from merge_algos.formats import extras, fields, kinds
 from merge_algos.formats.components import component_alone
-from merge_algos.formats.kind import Kind, Parts, Settings
+from merge_algos.formats.kind import Kind, Parts, Settings, scaling
 from merge_algos.formats.naming import Naming, OneA, Shapes, apart
 from merge_algos.formats.refused import REFUSED, UNKNOWN
 from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape
@@ -19,14 +19,11 @@ _MAX_MODULES = 100_000
 # what every kind's config holds: who, for what, and where layers were found, which the tensors say themselves
 _HARMLESS = frozenset(
     "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode layers_pattern layers_to_transform "
-    "peft_type peft_version revision target_modules task_type".split()
+    "peft_type peft_version revision target_modules task_type "
+    # extras
+    "bias lora_bias modules_to_save trainable_token_indices".split()
 )
 _NOT_SET: tuple[Any, ...] = (None, False, "none", {}, [])
-_REASONS: Mapping[str, str] = {
-    "bias": "trained biases are an update outside B A",
-    "modules_to_save": "whole trained modules are saved beside the LoRA factors",
-    "trainable_token_indices": "trained token embeddings are an update outside B A",
-}
 
 
 class Peft(Naming):
@@ -43,7 +40,10 @@ class Peft(Naming):
         assert config is not None
         kind = _kind(config)
         refuse_flags(config, kind)
-        parts = _split(shapes, kind)
+        beside = extras.recognised(
+            config, {name: tuple(shape) for name, shape in shapes.items() if _place(name, kind)[1] is None}
+        )
+        parts = _split({name: shape for name, shape in shapes.items() if name not in beside}, kind)
         settings = kind.settings(config, tuple(parts))
         return AdapterSpec(
             base_model=fields.text(config, "base_model_name_or_path") or "",
@@ -51,6 +51,8 @@ class Peft(Naming):
             task_type=fields.text(config, "task_type"),
             fan_in_fan_out=fields.flag(config, "fan_in_fan_out"),
             modules=_in_component(_modules(kind, parts, settings)),
+            extras=extras.scaled(beside.values(), {module: scaling(own, own.r or 1) for module, own in settings.items()}),
+            extras_config=extras.config_of(beside.values(), [config]),
         )
 
     def written(
@@ -85,10 +87,9 @@ def _kind(config: Mapping[str, Any]) -> Kind:
 
 def refuse_flags(config: Mapping[str, Any], kind: Kind) -> None:
     """Raises UnsupportedAdapter for a flag that is set and that neither every kind nor this one knows."""
-    reasons = {**_REASONS, **kind.reasons}
     for flag, value in config.items():
         if flag not in _HARMLESS | kind.flags and value not in _NOT_SET:
-            reason = reasons.get(flag, "this flag is unknown and may change what the adapter means")
+            reason = kind.reasons.get(flag, "this flag is unknown and may change what the adapter means")
             raise UnsupportedAdapter(f"adapter_config.json: {flag[:100]}", reason, "train or export the adapter without it")
 
 

@@ -1,0 +1,144 @@
+"""What becomes of the extras of several adapters: refused, those of one of them, or their mean. Pure: from specs to a plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.recipe import Recipe
+from merge_algos import catalogue
+from merge_algos.errors import UnsupportedAdapter
+from merge_algos.formats.extras import Extra, config_of
+from merge_algos.formats.spec import AdapterSpec
+from merge_algos.learn.method import Learned
+
+REFUSE, AVERAGE, FROM = "refuse", "average", "from:"
+_REMEDY = "say what becomes of it, extras: average or extras: {from: NAME}, or save the adapter without it"
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One tensor of the result: `sum_i factor_i * tensor_i` over parts, which are (position of the adapter, its extra, factor)."""
+
+    extra: Extra
+    parts: tuple[tuple[int, Extra, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """Of a result. dropped: name of an adapter -> its tensors that are not in it."""
+
+    mixes: tuple[Mix, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def combined(recipe: Recipe, specs: Sequence[AdapterSpec], weights: Mapping[str, Sequence[float]]) -> Extras:
+    """The extras of the result. weights: module -> the adapters' weights there.
+
+    Raises UnsupportedAdapter naming a tensor that the recipe says nothing about, or that does not agree between adapters.
+    """
+    if not any(spec.extras for spec in specs):
+        return Extras()
+    _check_method(recipe, specs)
+    if recipe.extras == REFUSE:
+        raise _unspoken(specs)
+    if recipe.extras.startswith(FROM):
+        return _of_one(recipe, specs)
+    places: dict[str, list[tuple[int, Extra]]] = {}
+    for position, spec in enumerate(specs):
+        for extra in spec.extras:
+            places.setdefault(extra.place, []).append((position, extra))
+    own = [item.weight for item in recipe.adapters]
+    mixes = tuple(_average(found, own, weights) for found in places.values())
+    _check_places(mixes, weights)
+    return Extras(mixes, _config([mix.extra for mix in mixes], specs))
+
+
+def certified(recipe: Recipe, extras: Extras) -> dict[str, Any] | None:
+    """What the certificate says of them; None where no adapter had any."""
+    if not extras.mixes and not extras.dropped:
+        return None
+    names = [item.name for item in recipe.adapters]
+    tensors = [
+        {
+            "tensor": mix.extra.tensor,
+            "sort": mix.extra.sort,
+            "from": [names[position] for position, _, _ in mix.parts],
+            "factors": [factor for _, _, factor in mix.parts],
+        }
+        for mix in extras.mixes
+    ]
+    return {"policy": recipe.extras, "tensors": tensors, "dropped": {name: list(own) for name, own in extras.dropped.items()}}
+
+
+def _check_method(recipe: Recipe, specs: Sequence[AdapterSpec]) -> None:
+    method = catalogue.find(recipe.method)
+    reason = None
+    if method.produces == "basis":
+        reason = "a basis keeps the deltas of its adapters, and this is none"
+    elif issubclass(method, Learned) and recipe.tasks:
+        reason = f"{recipe.method} learns how deltas are scaled, and would learn it without this"
+    if reason is not None:
+        raise UnsupportedAdapter(_first(specs), reason, "save the adapter without it")
+
+
+def _unspoken(specs: Sequence[AdapterSpec]) -> UnsupportedAdapter:
+    sort = next(extra.sort for spec in specs for extra in spec.extras)
+    what = {
+        "module": "a whole trained module is saved beside the deltas",
+        "bias": "a trained bias is an update outside B A",
+        "tokens": "trained rows of an embedding are an update outside B A",
+        "lora_bias": "a bias of lora_B is an update outside B A",
+        "magnitude": "a DoRA magnitude rescales the whole weight",
+    }
+    return UnsupportedAdapter(_first(specs), what[sort], _REMEDY)
+
+
+def _first(specs: Sequence[AdapterSpec]) -> str:
+    return f"tensor {next(extra.tensor for spec in specs for extra in spec.extras)[:200]}"
+
+
+def _of_one(recipe: Recipe, specs: Sequence[AdapterSpec]) -> Extras:
+    names = [item.name for item in recipe.adapters]
+    chosen = names.index(recipe.extras.removeprefix(FROM))
+    mixes = tuple(Mix(extra, ((chosen, extra, extra.scaling),)) for extra in specs[chosen].extras)
+    dropped = {name: [e.tensor for e in spec.extras] for name, spec in zip(names, specs, strict=True) if spec.extras}
+    return Extras(mixes, dict(specs[chosen].extras_config), {name: own for name, own in dropped.items() if name != names[chosen]})
+
+
+def _average(found: Sequence[tuple[int, Extra]], own: Sequence[float], weights: Mapping[str, Sequence[float]]) -> Mix:
+    """The weighted mean of whole values; of what is added to the base's outputs, the weighted sum."""
+    _, first = found[0]
+    for _, other in found:
+        if (other.sort, other.shape, other.indices) != (first.sort, first.shape, first.indices):
+            what = "rows" if other.indices != first.indices else "shapes"
+            reason = f"two adapters have it in different {what} ({_said(first)} and {_said(other)}), which have no mean"
+            raise UnsupportedAdapter(f"tensor {first.tensor[:200]}", reason, "take it from one of them: extras: {from: NAME}")
+    if first.sort == "lora_bias":
+        return Mix(first, tuple((n, extra, weights[extra.module][n] * extra.scaling) for n, extra in found))
+    total = sum(own[n] for n, _ in found)
+    if total == 0.0:
+        reason = "the weights of the adapters that have it add up to 0, so it has no mean"
+        raise UnsupportedAdapter(f"tensor {first.tensor[:200]}", reason, "take it from one of them: extras: {from: NAME}")
+    return Mix(first, tuple((n, extra, own[n] / total) for n, extra in found))
+
+
+def _said(extra: Extra) -> str:
+    return str(list(extra.indices[:8]) if extra.indices else extra.shape)
+
+
+def _check_places(mixes: Sequence[Mix], weights: Mapping[str, Sequence[float]]) -> None:
+    """Raises UnsupportedAdapter for a module that one adapter has saved whole and another has a delta of."""
+    for mix in mixes:
+        if mix.extra.sort == "module" and mix.extra.module in weights:
+            reason = "one adapter has saved this module whole, another has a delta of it"
+            raise UnsupportedAdapter(f"module {mix.extra.module[:200]}", reason, "save both in one way")
+
+
+def _config(extras: Sequence[Extra], specs: Sequence[AdapterSpec]) -> dict[str, Any]:
+    tokens = [spec.extras_config["trainable_token_indices"] for spec in specs if "trainable_token_indices" in spec.extras_config]
+    if any(other != tokens[0] for other in tokens):
+        reason = "two adapters have trained other rows, or say it in another way"
+        remedy = "take it from one of them: extras: {from: NAME}"
+        raise UnsupportedAdapter("adapter_config.json: trainable_token_indices", reason, remedy)
+    return config_of(extras, [spec.extras_config for spec in specs])
