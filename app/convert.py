@@ -69,7 +69,7 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     identity = _identity(record, to)
     opened = OpenAdapter.open(services.blobs, record.id)
     with closing(opened.tensors):
-        refuse_ungrounded([opened.spec])
+        refuse_ungrounded([opened.spec], remedy="merge it alone with base_model, and convert what comes of it")
         shapes = agreed_shapes([opened.spec])
         layers = layers_of([opened.spec], shapes)
         ranks = _ranks(opened.spec, shapes, to)

@@ -160,7 +160,7 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     method = _method(run)
     if method.produces == "basis" and cast(BasisMethod, method).verbatim:
         return ()
-    planned = plan_for(run.services, run.recipe, inputs, known)
+    planned = plan_for(run.services, run.recipe, inputs, known, origins=run.origins)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
@@ -184,7 +184,7 @@ def assemble(
     known: Any = None,
 ) -> Digest:
     """The manifest of the adapter, or of the basis."""
-    planned = plan_for(run.services, run.recipe, inputs, known)
+    planned = plan_for(run.services, run.recipe, inputs, known, origins=run.origins)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
     task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards), origins=run.origins)
@@ -236,10 +236,13 @@ def _restricted(services: Services, recipe: Recipe, record: ingest.Restricted) -
     return tuple(dict.fromkeys((*record.restricted, *data, *base)))
 
 
-def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None) -> Plan:
+def plan_for(
+    services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None, *, origins: Sequence[Digest] = ()
+) -> Plan:
     """The plan for inputs that are in the store, read from their headers. Raises what makes the merge impossible.
 
-    known: of an extraction what its survey has settled, without which the plan is that of the survey.
+    known: of an extraction what its survey has settled, without which the plan is that of the survey.  origins: what the inputs
+    are or were grounded from.
     """
     if recipe.models is not None:
         with open_pair(services, recipe, inputs) as pair:
@@ -249,7 +252,17 @@ def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known
         spec = OpenAdapter.open(services.blobs, adapter).spec
         with open_weights(services, base, spec) as weights:
             return plan_grounding(recipe, completed(spec, weights), shard_bytes=services.settings.shard_bytes)
-    return _plan_merge(services, recipe, [OpenAdapter.open(services.blobs, digest).spec for digest in inputs])
+    specs = [_spec(services, digest, origin) for digest, origin in zip(inputs, origins or inputs, strict=True)]
+    return _plan_merge(services, recipe, specs)
+
+
+def _spec(services: Services, adapter: Digest, origin: Digest) -> AdapterSpec:
+    """What a merge sees of an adapter. Its deltas alone are grounded: what else it holds stays with its origin."""
+    spec = OpenAdapter.open(services.blobs, adapter).spec
+    if adapter == origin:
+        return spec
+    whole = OpenAdapter.open(services.blobs, origin).spec
+    return replace(spec, extras=whole.extras, extras_config=whole.extras_config)
 
 
 def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> None:
@@ -300,7 +313,7 @@ def _method(run: Run) -> MergeMethod | BasisMethod | Extract | Ground:
 
 
 def _round(run: Run, inputs: Sequence[Digest], method: Method, known: Any) -> Any:
-    planned = plan_for(run.services, run.recipe, inputs)
+    planned = plan_for(run.services, run.recipe, inputs, origins=run.origins)
     tasks = [_task(SurveyTask, run, inputs, planned, n, known) for n in range(len(planned.shards))]
     return method.settle(reduce(method.pool, _findings(run, tasks, len(planned.modules))), known)
 

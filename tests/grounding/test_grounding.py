@@ -234,7 +234,7 @@ def test_a_rank_for_no_base_is_refused(services: Services, models: Path) -> None
 def test_another_format_cannot_hold_it(services: Services, models: Path) -> None:
     record = services.index.get(Digest.parse(added(services, models / "dora")))
     assert record is not None
-    with pytest.raises(UnsupportedAdapter, match="depends on the base model's weight"):
+    with pytest.raises(UnsupportedAdapter, match="depends on the base model's weight; merge it alone with base_model"):
         convert(services, record, "kohya")
 
 
