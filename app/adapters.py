@@ -63,14 +63,18 @@ class OpenAdapter:
         by_role = {role: self._read(tensor, module.slices.get(role)) for role, tensor in module.tensors.items()}
         return {role: tensor.to(device) for role, tensor in by_role.items()}
 
+    def described(self, spec: AdapterSpec) -> "OpenAdapter":
+        """The same file, read as this spec says."""
+        return replace(self, spec=spec, modules={module.name: module for module in spec.modules})
+
     def _read(self, name: str, slices: tuple[slice, ...] | None) -> Tensor:
         return read_tensor(self.tensors, name) if slices is None else read_slices(self.tensors, name, slices)
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """Of the tensors that are no indices and no alpha."""
-        alphas = formats.alpha_tensors(self.spec)
-        infos = (info for info in self.tensors.header.tensors.values() if info.name not in alphas)
+        """Of the tensors that are no indices, no alpha and no extra."""
+        others = formats.alpha_tensors(self.spec) | {extra.tensor for extra in self.spec.extras}
+        infos = (info for info in self.tensors.header.tensors.values() if info.name not in others)
         return frozenset(info.dtype for info in infos if info.dtype in TORCH_DTYPES)
 
 
@@ -195,14 +199,23 @@ def put_adapter(
     ranks: Mapping[str, int],
     factor: Callable[[str], Tensor],
     dtype: Callable[[str], str],
+    beside: Mapping[TensorSpec, Callable[[], Tensor]] = MappingProxyType({}),
 ) -> Descriptor:
     """Store modules as PEFT lays them out, each padded with zeros to its rank.
 
     factor: the plain factor of a name, as `put_shard` names them, asked for when its turn comes.  dtype: its spelling.
+    beside: other tensors, asked for in their turn, too.
     """
     tensors = {tensor.name: tensor for tensor in written(shapes, layers, ranks)}
+    others = {spec.name: read for spec, read in beside.items()}
     specs = [TensorSpec(name, dtype(tensor.factors[0]), tensor.shape) for name, tensor in tensors.items()]
-    return put_tensors(blobs, specs, lambda name: joined(tensors[name], [factor(part) for part in tensors[name].factors]))
+
+    def tensor(name: str) -> Tensor:
+        if name in others:
+            return others[name]()
+        return joined(tensors[name], [factor(part) for part in tensors[name].factors])
+
+    return put_tensors(blobs, [*specs, *beside], tensor)
 
 
 def read_rows(tensors: TensorFile, name: str, start: int, stop: int, d_in: int) -> Tensor:

@@ -98,7 +98,8 @@ A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["
 |---|---|---|---|---|
 {rows}
 
-{_grounded(report)}Lost in the merge: {loss}. Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
+{_grounded(report)}{_extras(report)}Lost in the merge: {loss}. \
+Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
 {totals["modules"]} modules, rank {totals["rank"]}. Worst module: `{report["worst_module"]["module"]}`, relative error \
 {report["worst_module"]["relative_error"]:.4g}. `report.json` holds every module.
 
@@ -120,6 +121,19 @@ def _grounded(report: Mapping[str, Any]) -> str:
         return ""
     heading = "Depending on the base model's weights, and so cut to a rank before all else:"
     return f"{heading}\n\n| adapter | base model | rank | lost of its norm |\n|---|---|---|---|\n{rows}\n\n"
+
+
+def _extras(report: Mapping[str, Any]) -> str:
+    """What became of what the adapters hold beside their deltas."""
+    extras = report.get("extras")
+    if not extras:
+        return ""
+    parts = [", ".join(f"{f:.4g} x {name}" for name, f in zip(e["from"], e["factors"], strict=True)) for e in extras["tensors"]]
+    rows = [f"| {_cell(each['tensor'])} | {_cell(made)} |" for each, made in zip(extras["tensors"], parts, strict=True)]
+    for name, own in extras["dropped"].items():
+        rows += [f"| {_cell(tensor)} | nothing: only {_cell(name)} has it |" for tensor in own]
+    table = "\n".join(("| tensor | made of |", "|---|---|", *rows))
+    return f"Beside the deltas, by the policy `{extras['policy']}`:\n\n{table}\n\n"
 
 
 def _row(given: Mapping[str, Any], used: Mapping[str, Any]) -> str:

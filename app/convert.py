@@ -20,7 +20,7 @@ from app.engine.local import threads_for
 from app.grounding.recipe import refuse_ungrounded
 from app.services import Services
 from merge_algos import formats
-from merge_algos.errors import NonFiniteResult
+from merge_algos.errors import NonFiniteResult, UnsupportedAdapter
 from merge_algos.formats import namings
 from merge_algos.formats.components import divided
 from merge_algos.formats.spec import AdapterSpec, Layer, Shape
@@ -70,6 +70,9 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     opened = OpenAdapter.open(services.blobs, record.id)
     with closing(opened.tensors):
         refuse_ungrounded([opened.spec], remedy="merge it alone with base_model, and convert what comes of it")
+        for extra in opened.spec.extras:
+            reason = f"it is no delta, and a {to} file made here holds deltas alone"
+            raise UnsupportedAdapter(f"tensor {extra.tensor[:200]}", reason, "save the adapter without it")
         shapes = agreed_shapes([opened.spec])
         layers = layers_of([opened.spec], shapes)
         ranks = _ranks(opened.spec, shapes, to)

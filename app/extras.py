@@ -1,23 +1,31 @@
 """What becomes of the extras of several adapters: refused, those of one of them, or their mean. Pure: from specs to a plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from app.recipe import Recipe
+import torch
+from torch import Tensor
+
+from app.adapters import OpenAdapter, read_tensor, spelling
+from app.engine.assembly import shipped_dtype
+from app.recipe import REFUSE_EXTRAS, Recipe
 from merge_algos import catalogue
 from merge_algos.errors import UnsupportedAdapter
-from merge_algos.formats.extras import Extra, config_of
+from merge_algos.formats.extras import PREFIX, Extra, config_of
 from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.together import as_doras
 from merge_algos.learn.method import Learned
+from storage.tensor_writer import TensorSpec
 
-REFUSE, AVERAGE, FROM = "refuse", "average", "from:"
+FROM = "from:"
 _REMEDY = "say what becomes of it, extras: average or extras: {from: NAME}, or save the adapter without it"
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One tensor of the result: `sum_i factor_i * tensor_i` over parts, which are (position of the adapter, its extra, factor)."""
+    """One tensor of the result: `sum_i factor_i * tensor_i` over parts: position of an adapter, its extra, factor."""
 
     extra: Extra
     parts: tuple[tuple[int, Extra, float], ...]
@@ -37,11 +45,7 @@ def combined(recipe: Recipe, specs: Sequence[AdapterSpec], weights: Mapping[str,
 
     Raises UnsupportedAdapter naming a tensor that the recipe says nothing about, or that does not agree between adapters.
     """
-    if not any(spec.extras for spec in specs):
-        return Extras()
-    _check_method(recipe, specs)
-    if recipe.extras == REFUSE:
-        raise _unspoken(specs)
+    check(recipe, specs)
     if recipe.extras.startswith(FROM):
         return _of_one(recipe, specs)
     places: dict[str, list[tuple[int, Extra]]] = {}
@@ -52,6 +56,57 @@ def combined(recipe: Recipe, specs: Sequence[AdapterSpec], weights: Mapping[str,
     mixes = tuple(_average(found, own, weights) for found in places.values())
     _check_places(mixes, weights)
     return Extras(mixes, _config([mix.extra for mix in mixes], specs))
+
+
+def check(recipe: Recipe, specs: Sequence[AdapterSpec]) -> None:
+    """What can be told before anything is planned. Raises UnsupportedAdapter."""
+    if not any(spec.extras for spec in specs):
+        return
+    _check_method(recipe, specs)
+    if recipe.extras == REFUSE_EXTRAS:
+        raise _unspoken(specs)
+
+
+def as_merged(recipe: Recipe, adapters: Sequence[OpenAdapter]) -> list[OpenAdapter]:
+    """The adapters as this recipe reads them: DoRAs as the LoRAs and magnitudes that they are made of, if it mixes these."""
+    specs = merged_specs(recipe, [adapter.spec for adapter in adapters])
+    return [adapter.described(spec) for adapter, spec in zip(adapters, specs, strict=True)]
+
+
+def merged_specs(recipe: Recipe, specs: Sequence[AdapterSpec]) -> list[AdapterSpec]:
+    """The same of specs. Raises UnsupportedAdapter for DoRAs of different modules."""
+    mixes = recipe.extras != REFUSE_EXTRAS and recipe.base_model is None
+    return list((as_doras(specs) if mixes else None) or specs)
+
+
+def read(mix: Mix, adapters: Sequence[OpenAdapter], dtype: torch.dtype) -> Tensor:
+    """The tensor of the result, added up in float64; one that is taken as it is keeps its bits."""
+    if len(mix.parts) == 1 and mix.parts[0][2] == 1.0:
+        ((position, extra, _),) = mix.parts
+        return read_tensor(adapters[position].tensors, extra.tensor).to(dtype)
+    total: Tensor | float = 0.0
+    for position, extra, factor in mix.parts:
+        total = total + factor * read_tensor(adapters[position].tensors, extra.tensor).double()
+    assert isinstance(total, Tensor)
+    return total.to(dtype)
+
+
+def tensors_of(
+    recipe: Recipe, extras: Extras, adapters: Sequence[OpenAdapter], modules: Collection[str]
+) -> dict[TensorSpec, Callable[[], Tensor]]:
+    """The tensors of the result, to be read in their turn. modules: those that the result adapts, so that a loader wraps them."""
+    found: dict[TensorSpec, Callable[[], Tensor]] = {}
+    for mix in extras.mixes:
+        infos = [adapters[n].tensors.header.tensors[extra.tensor] for n, extra, _ in mix.parts]
+        dtype = shipped_dtype(recipe, [info.dtype for info in infos])
+        found[TensorSpec(_name(mix.extra, modules), spelling(dtype), infos[0].shape)] = partial(read, mix, adapters, dtype)
+    return found
+
+
+def _name(extra: Extra, modules: Collection[str]) -> str:
+    if extra.sort != "bias":
+        return extra.tensor
+    return f"{PREFIX}{extra.module}{'.base_layer' if extra.module in modules else ''}.bias"
 
 
 def certified(recipe: Recipe, extras: Extras) -> dict[str, Any] | None:

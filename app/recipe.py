@@ -15,6 +15,7 @@ from storage.manifest import canonical_json
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Profile = Literal["portable", "compact", "vllm"]
+REFUSE_EXTRAS = "refuse"
 # left out of the JSON where there is none, so that a recipe without it keeps its digest
 _ABSENT = ("extends", "base_model", "tasks", "models", "base_rank")
 
@@ -77,7 +78,8 @@ class Recipe:
 
     extends: the basis that these adapters are added to.  base_model: `hub:org/name@<commit>` or `sha256:<manifest>`, where
     coefficients are learned or inputs need its weights.  base_rank: what such inputs are cut to; None is the default.  models:
-    what an adapter is extracted from, in place of merged adapters.
+    what an adapter is extracted from, in place of merged adapters.  extras: what becomes of what its inputs hold beside deltas,
+    `refuse`, `average` or `from:<name of an adapter>`.
     """
 
     method: str
@@ -95,9 +97,10 @@ class Recipe:
     tasks: tuple[RecipeTask, ...] = ()
     models: RecipeModels | None = None
     base_rank: RankRule | None = None
+    extras: str = REFUSE_EXTRAS
 
     def to_json(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self).items() if v or k not in _ABSENT}
+        given = {k: v for k, v in asdict(self).items() if (v or k not in _ABSENT) and (k, v) != ("extras", REFUSE_EXTRAS)}
         lists = {"adapters": [_input_json(item) for item in self.adapters], "post": [asdict(step) for step in self.post]}
         tasks = [{**asdict(task), "data": list(task.data), "restricted": list(task.restricted)} for task in self.tasks]
         return {"schema": 1, **given, **lists, **({"tasks": tasks} if tasks else {})}

@@ -27,16 +27,19 @@ def certificate(
     rank: int,
     training: Mapping[str, Any] | None = None,
     grounded: Sequence[Mapping[str, Any]] = (),
+    extras: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`report.json`. Errors are relative Frobenius norms, energies fractions of squared norms; totals are over all modules.
 
     training: how the coefficients were learned, where they were.  grounded: as `grounded_section` gives it, of the inputs that
     were; what they lost before the merge is in no total but `exact`, because only a linear method passes it on as it is.
+    extras: what became of what the adapters hold beside their deltas, of which totals know nothing.
     """
     cut = [each for each in grounded if not each["exact"]]
     return {
         **({"training": training} if training else {}),
         **({"grounded": list(grounded)} if grounded else {}),
+        **({"extras": dict(extras)} if extras else {}),
         "schema": 1,
         "recipe": recipe.to_json(),
         "recipe_digest": str(recipe.digest),

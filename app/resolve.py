@@ -11,6 +11,7 @@ from app import base_models, ingest
 from app.bases import OpenBasis
 from app.engine.workflow import preview
 from app.errors import InvalidField, UnknownAdapter
+from app.extras import FROM
 from app.learning import request as learning
 from app.recipe import Recipe, RecipeInput, RecipeStep
 from app.schemas import AdapterInput, ExtendRequest, MergeRequest, PostStepRequest, RankRequest
@@ -66,6 +67,7 @@ def resolve(request: MergeRequest, services: Services, *, token: str | None) -> 
         base_model=base_models.pin(services, request.base_model, token=token) if request.base_model else None,
         tasks=tuple(learning.pinned(n, task, services, token) for n, task in enumerate(request.tasks)),
         base_rank=_base_rank(request),
+        extras=_extras(request, names),
     )
     _check_plan(recipe, services)
     return recipe
@@ -232,6 +234,14 @@ def _base_rank(request: MergeRequest) -> RankRule | None:
     if request.base_rank is None and (request.tasks or request.base_model is None):
         return None
     return DEFAULT_RULE if request.base_rank is None else _rule(request.base_rank)
+
+
+def _extras(request: MergeRequest, names: Sequence[str]) -> str:
+    if isinstance(request.extras, str):
+        return request.extras
+    if request.extras.name not in names:
+        raise InvalidField("extras.from", f"no adapter of this merge is called {request.extras.name!r}: {', '.join(names)[:200]}")
+    return f"{FROM}{request.extras.name}"
 
 
 def _input(item: AdapterInput, source: str, name: str, weight: float) -> RecipeInput:

@@ -19,6 +19,10 @@ BASE_HELP = (
     "dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>"
 )
 BASE_RANK_HELP = "what an adapter that depends on the base model's weights is cut to; default: energy 0.999, max 256"
+EXTRAS_HELP = (
+    "what becomes of trained modules, biases and tokens that adapters hold beside their deltas, and of the magnitudes where all "
+    "are DoRA: refuse; average: by weight; or {from: NAME}"
+)
 MODEL_HELP = "hub:org/name[@revision], dir:<folder below the operator's BRAID_BASES_DIR>, or sha256:<base id>; safetensors only"
 DATA_HELP = "sha256:<id> of rows uploaded to POST /data, or hub:datasets/org/name[@revision]"
 HUB_HELP = "hub:org/name[/subfolder or file.safetensors][@revision]"
@@ -101,6 +105,10 @@ class LearningTask(Body):
     forget: bool = Field(default=False, description="objective negation: lose this task's skill, keep the others'")
 
 
+class ExtrasFrom(Body):
+    name: TaskName = Field(alias="from", description="the adapter, by its name in this merge, whose extras the result has")
+
+
 class MergeRequest(Body):
     method: str = Field(default="task_arithmetic", max_length=100, description="see GET /methods")
     parameters: dict[str, Any] = Field(default={}, description="the method's own parameters")
@@ -115,6 +123,7 @@ class MergeRequest(Body):
     allow_base_mismatch: bool = Field(default=False, description="merge adapters of different base models all the same")
     base_model: str | None = Field(default=None, max_length=1000, description=BASE_HELP)
     base_rank: RankRequest | None = Field(default=None, description=BASE_RANK_HELP)
+    extras: Literal["refuse", "average"] | ExtrasFrom = Field(default="refuse", description=EXTRAS_HELP)
     tasks: list[LearningTask] = Field(default=[], max_length=64, description="what a method that learns is to serve")
     post: list[PostStepRequest] = Field(default=[], max_length=8, description="steps on the result, after it is cut to its rank")
     name: Name | None = Field(default=None, description="also make the result known as name:<this>")

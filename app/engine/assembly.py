@@ -1,15 +1,18 @@
 """What every adapter that is made here has in common: the type of its modules, and one file of all their factors."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from app import adapters
 from app.recipe import Recipe
 from merge_algos.formats.spec import Layer
 from storage.blobs import BlobStore
 from storage.digest import Descriptor
+from storage.tensor_writer import TensorSpec
 from storage.tensors import open_tensors
 
 _RECIPE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,10 +29,12 @@ def put_weights(
     shapes: Mapping[str, tuple[int, int]],
     layers: Mapping[str, Layer],
     ranks: Mapping[str, int],
+    beside: Mapping[TensorSpec, Callable[[], Tensor]] = MappingProxyType({}),
 ) -> Descriptor:
-    """Stream the factors of all shards into one file, each padded with zeros to its rank."""
+    """Stream the factors of all shards into one file, each padded with zeros to its rank, and other tensors beside them."""
     with ExitStack() as stack:
         files = [stack.enter_context(open_tensors(blobs.path(shard.tensors.digest))) for shard in shards]
         where = {name: file for file in files for name in file.header.tensors}
         factor = lambda name: adapters.read_tensor(where[name], name)  # noqa: E731
-        return adapters.put_adapter(blobs, shapes, layers, ranks, factor, lambda name: where[name].header.tensors[name].dtype)
+        dtype = lambda name: where[name].header.tensors[name].dtype  # noqa: E731
+        return adapters.put_adapter(blobs, shapes, layers, ranks, factor, dtype, beside)

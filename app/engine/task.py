@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, cast
 
-from app import adapters, base_models, ingest
+from app import adapters, base_models, extras, ingest
 from app.card import model_card
 from app.engine import basis, extraction, grounding, learning
 from app.engine.assembly import put_weights, shipped_dtype
@@ -14,13 +14,14 @@ from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, L
 from app.grounding import fetch
 from app.grounding.recipe import is_grounding
 from app.profiles import shipped_ranks
-from app.recipe import Recipe
+from app.recipe import Recipe, module_weights
 from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.formats.spec import AdapterSpec, Layer
 from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.formats.written import config_for
+from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
 from storage.digest import Descriptor, Digest
@@ -71,9 +72,14 @@ def _survey(task: SurveyTask, bench: Workbench) -> Descriptor:
 
 
 def _survey_one(task: SurveyTask, recipe: Recipe, bench: Workbench, name: str) -> Any:
-    deltas = bench.deltas(task.inputs, name, task.modules[name])
+    deltas = _deltas(task, recipe, bench, name)
     method = catalogue.build(recipe.method, recipe.parameters)
     return survey_module(method, deltas, task.weights[name], _context(task, recipe, name))
+
+
+def _deltas(task: SurveyTask | ShardTask, recipe: Recipe, bench: Workbench, name: str) -> list[LowRankDelta]:
+    opened = extras.as_merged(recipe, [bench.open_adapter(digest) for digest in task.inputs])
+    return [adapter.delta(name, task.modules[name], bench.device) for adapter in opened]
 
 
 def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleContext:
@@ -90,7 +96,7 @@ def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> 
     dtype = shipped_dtype(recipe, dtypes)
     method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
-    deltas = bench.deltas(task.inputs, name, task.modules[name])
+    deltas = _deltas(task, recipe, bench, name)
     return merge_module(method, deltas, task.weights[name], _context(task, recipe, name), dtype, steps)
 
 
@@ -98,7 +104,7 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     blobs, recipe = bench.services.blobs, Recipe.from_json(task.recipe)
     origins = task.origins or task.inputs
     inputs = [(digest, adapters.read_manifest(blobs, digest)) for digest in origins]
-    specs = [bench.open_adapter(digest).spec for digest in task.inputs]
+    specs = extras.merged_specs(recipe, [bench.open_adapter(digest).spec for digest in task.inputs])
     shapes = agreed_shapes(specs)
     layers = layers_of(specs, shapes)
     shards = [adapters.read_shard(blobs, shard) for shard in task.shards]
@@ -106,11 +112,14 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     ranks = shipped_ranks({report.module: report.rank_out for report in reports}, recipe.profile)
     learned = adapters.read_json(blobs, task.learned) if task.learned else None
     training, grounded = learned and learned["training"], sections(blobs, recipe, origins, task.inputs)
-    report = certificate(recipe, inputs, reports, rank=max(ranks.values()), training=training, grounded=grounded)
+    opened = extras.as_merged(recipe, [bench.open_adapter(digest) for digest in origins])
+    found = extras.combined(recipe, [each.spec for each in opened], module_weights(recipe.adapters, tuple(shapes)))
+    rank, beside = max(ranks.values()), extras.certified(recipe, found)
+    report = certificate(recipe, inputs, reports, rank=rank, training=training, grounded=grounded, extras=beside)
     manifest = AdapterManifest(
         base_model=task.base_model,
-        config=blobs.put([canonical_json(_config(task, specs, ranks, layers))], media_type=MEDIA_JSON),
-        weights=put_weights(blobs, shards, shapes, layers, ranks),
+        config=blobs.put([canonical_json({**_config(task, specs, ranks, layers), **found.config})], media_type=MEDIA_JSON),
+        weights=put_weights(blobs, shards, shapes, layers, ranks, extras.tensors_of(recipe, found, opened, shapes)),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
         inputs=origins,

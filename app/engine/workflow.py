@@ -14,7 +14,7 @@ from functools import partial, reduce
 from itertools import compress
 from typing import Any, TypeVar, cast
 
-from app import adapters, base_models, bases, ingest
+from app import adapters, base_models, bases, extras, ingest
 from app.adapters import OpenAdapter
 from app.engine.executor import Executor
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask
@@ -73,9 +73,12 @@ def ground(run: Run, fetched: Sequence[Digest]) -> tuple[Digest, ...]:
     That one is cached in the index under the digest of its own recipe, its shards resume as those of a merge.
     Raises what `to_ground` raises.
     """
+    if run.recipe.models is not None:
+        return tuple(fetched)
+    specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in fetched]
+    extras.check(run.recipe, extras.merged_specs(run.recipe, specs))
     if run.recipe.base_model is None:
         return tuple(fetched)  # the plan refuses what would need one
-    specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in fetched]
     chosen = to_ground(run.recipe, specs)
     counts = [len(spec.modules) if needed else 0 for spec, needed in zip(specs, chosen, strict=True)]
     inputs = list(fetched)
@@ -160,7 +163,8 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     method = _method(run)
     if method.produces == "basis" and cast(BasisMethod, method).verbatim:
         return ()
-    planned = plan_for(run.services, run.recipe, inputs, known, origins=run.origins)
+    planned = plan_for(run.services, run.recipe, inputs, known)
+    _check_extras(run, inputs, planned)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
     run.report("merge", done, len(planned.modules))
@@ -176,6 +180,13 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     return tuple(finished[number] for number in range(len(planned.shards)))
 
 
+def _check_extras(run: Run, inputs: Sequence[Digest], planned: Plan) -> None:
+    """Raises UnsupportedAdapter, before anything is merged, for extras that cannot be mixed as the recipe says."""
+    if run.recipe.models is None and not is_grounding(run.recipe):
+        specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in run.origins or inputs]
+        extras.combined(run.recipe, extras.merged_specs(run.recipe, specs), planned.weights)
+
+
 def assemble(
     run: Run,
     inputs: Sequence[Digest],
@@ -184,7 +195,7 @@ def assemble(
     known: Any = None,
 ) -> Digest:
     """The manifest of the adapter, or of the basis."""
-    planned = plan_for(run.services, run.recipe, inputs, known, origins=run.origins)
+    planned = plan_for(run.services, run.recipe, inputs, known)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
     task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards), origins=run.origins)
@@ -236,13 +247,10 @@ def _restricted(services: Services, recipe: Recipe, record: ingest.Restricted) -
     return tuple(dict.fromkeys((*record.restricted, *data, *base)))
 
 
-def plan_for(
-    services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None, *, origins: Sequence[Digest] = ()
-) -> Plan:
+def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None) -> Plan:
     """The plan for inputs that are in the store, read from their headers. Raises what makes the merge impossible.
 
-    known: of an extraction what its survey has settled, without which the plan is that of the survey.  origins: what the inputs
-    are or were grounded from.
+    known: of an extraction what its survey has settled, without which the plan is that of the survey.
     """
     if recipe.models is not None:
         with open_pair(services, recipe, inputs) as pair:
@@ -252,17 +260,8 @@ def plan_for(
         spec = OpenAdapter.open(services.blobs, adapter).spec
         with open_weights(services, base, spec) as weights:
             return plan_grounding(recipe, completed(spec, weights), shard_bytes=services.settings.shard_bytes)
-    specs = [_spec(services, digest, origin) for digest, origin in zip(inputs, origins or inputs, strict=True)]
-    return _plan_merge(services, recipe, specs)
-
-
-def _spec(services: Services, adapter: Digest, origin: Digest) -> AdapterSpec:
-    """What a merge sees of an adapter. Its deltas alone are grounded: what else it holds stays with its origin."""
-    spec = OpenAdapter.open(services.blobs, adapter).spec
-    if adapter == origin:
-        return spec
-    whole = OpenAdapter.open(services.blobs, origin).spec
-    return replace(spec, extras=whole.extras, extras_config=whole.extras_config)
+    specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
+    return _plan_merge(services, recipe, extras.merged_specs(recipe, specs))
 
 
 def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> None:
@@ -272,6 +271,9 @@ def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> No
     """
     specs = [OpenAdapter.open(services.blobs, digest).spec for digest in fetched]
     chosen = to_ground(recipe, specs)
+    specs = extras.merged_specs(recipe, specs)
+    extras.check(recipe, specs)
+    own = tuple(specs)
     base = base_models.held(services, recipe.base_model) if recipe.base_model else None
     for number in (number for number, needed in enumerate(chosen) if needed and base is not None):
         assert base is not None
@@ -279,7 +281,8 @@ def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> No
             specs[number] = completed(specs[number], weights)
     if all(module.shape is not None for spec in compress(specs, chosen) for module in spec.modules):
         rule = recipe.base_rank or DEFAULT_RULE
-        _plan_merge(services, recipe, [expected(s, rule) if needed else s for s, needed in zip(specs, chosen, strict=True)])
+        planned = _plan_merge(services, recipe, [expected(s, rule) if n else s for s, n in zip(specs, chosen, strict=True)])
+        extras.combined(recipe, own, planned.weights)
 
 
 def _plan_merge(services: Services, recipe: Recipe, specs: Sequence[AdapterSpec]) -> Plan:
@@ -313,7 +316,7 @@ def _method(run: Run) -> MergeMethod | BasisMethod | Extract | Ground:
 
 
 def _round(run: Run, inputs: Sequence[Digest], method: Method, known: Any) -> Any:
-    planned = plan_for(run.services, run.recipe, inputs, origins=run.origins)
+    planned = plan_for(run.services, run.recipe, inputs)
     tasks = [_task(SurveyTask, run, inputs, planned, n, known) for n in range(len(planned.shards))]
     return method.settle(reduce(method.pool, _findings(run, tasks, len(planned.modules))), known)
 

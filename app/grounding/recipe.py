@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from app.errors import InvalidField
+from app.extras import merged_specs
 from app.recipe import Recipe, RecipeInput
 from merge_algos import formats
 from merge_algos.formats.spec import AdapterSpec
@@ -44,7 +45,7 @@ def to_ground(recipe: Recipe, specs: Sequence[AdapterSpec]) -> tuple[bool, ...]:
     Raises UnsupportedAdapter naming the first module that needs one where none is given, InvalidField for one that nothing needs.
     """
     if recipe.base_model is None:
-        refuse_ungrounded(specs)
+        refuse_ungrounded(merged_specs(recipe, specs))
         return (False,) * len(specs)
     known = {name for spec in specs for name in spec.shapes}
     needing = tuple(spec.needs_base or any(module.name not in known for module in spec.modules) for spec in specs)

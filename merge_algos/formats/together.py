@@ -1,11 +1,13 @@
 """Several adapters side by side: one shape and one layer for every module, or a refusal that names it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from merge_algos.adapter import agree
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats import kinds
-from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer, Shape
+from merge_algos.formats.extras import Extra
+from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer, ModuleSpec, Shape
 
 
 def agreed_shapes(specs: Sequence[AdapterSpec]) -> dict[str, Shape]:
@@ -42,6 +44,32 @@ def agreed_layers(adapters: Iterable[tuple[Mapping[str, Shape], Mapping[str, Lay
 def layers_of(specs: Sequence[AdapterSpec], shapes: Mapping[str, Shape]) -> dict[str, Layer]:
     """The same of whole specs. shapes: as `agreed_shapes` gives them."""
     return agreed_layers(({name: shapes[name] for name in spec.layers}, spec.layers) for spec in specs)
+
+
+def as_doras(specs: Sequence[AdapterSpec]) -> tuple[AdapterSpec, ...] | None:
+    """DoRAs as the LoRAs that they are made of, whose magnitudes are extras; None where one of them is none.
+
+    Raises UnsupportedAdapter for a module that one adapter lacks: its magnitude there would be the norm of the base weight.
+    """
+    if not all(module.constants.get("grounding") == "dora" for spec in specs for module in spec.modules):
+        return None
+    for module in (module for spec in specs for module in spec.modules):
+        if not all(module.name in spec.layers for spec in specs):
+            reason = "an adapter has no magnitude there, which would be the norm of the base model's weight"
+            raise UnsupportedAdapter(f"module {module.name[:200]}", reason, "give base_model, or merge DoRAs of the same modules")
+    return tuple(_as_dora(spec) for spec in specs)
+
+
+def _as_dora(spec: AdapterSpec) -> AdapterSpec:
+    extras = [Extra(m.tensors["magnitude"], "magnitude", m.name, (m.shape or (0,))[:1]) for m in spec.modules]
+    config = {**spec.extras_config, "use_dora": True}
+    return replace(spec, modules=tuple(map(_as_lora, spec.modules)), extras=(*spec.extras, *extras), extras_config=config)
+
+
+def _as_lora(module: ModuleSpec) -> ModuleSpec:
+    tensors = {role: name for role, name in module.tensors.items() if role != "magnitude"}
+    constants = {key: value for key, value in module.constants.items() if key != "grounding"}
+    return replace(module, tensors=tensors, constants=constants, r=constants["rank"], needs_base=False)
 
 
 def _agreed(module: str, shape: Shape, left: Layer, right: Layer) -> Layer:
