@@ -34,7 +34,7 @@ from doras import (
     write_adapter,
 )
 from llama import LLAMA_TEXTS
-from making import dense_directory
+from making import PREFIX, dense_directory
 from merge_algos.errors import UnsupportedAdapter
 from storage.digest import Digest
 
@@ -242,6 +242,19 @@ def test_targets_of_both_adapters_are_the_same(written: Path) -> None:
     """Else the mixed merge above would leave its layers alone."""
     assert dense_doras(written / "base", written / "dora").keys() == dense_directory(written / "lora").keys()
     assert len(dense_directory(written / "lora")) == 2 * len(TARGETS)
+
+
+def test_what_it_holds_beside_its_deltas_is_not_lost_on_the_way(services: Services, models: Path, tmp_path: Path) -> None:
+    write_adapter(models / "base", models / "more", dora(modules_to_save=["lm_head"]))
+    source = added(services, models / "more")
+    with pytest.raises(UnsupportedAdapter, match="lm_head"):
+        recipe_of(services, source, **ON_BASE)
+    adapter = run(services, recipe_of(services, source, **WHOLE, extras="average"))
+    exact = dense_doras(models / "base", models / "more")
+    assert norm(difference(saved(services, adapter, tmp_path / "out"), exact)) <= 1e-5 * norm(exact)
+    name = f"{PREFIX}lm_head.weight"
+    before, after = (load_file(folder / "adapter_model.safetensors")[name] for folder in (models / "more", tmp_path / "out"))
+    assert torch.equal(before, after)
 
 
 # Beside learning
