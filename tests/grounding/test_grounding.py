@@ -35,7 +35,7 @@ from doras import (
 )
 from llama import LLAMA_TEXTS
 from making import PREFIX, dense_directory
-from merge_algos.errors import UnsupportedAdapter
+from merge_algos.errors import InvalidRank, UnsupportedAdapter
 from storage.digest import Digest
 
 ON_BASE = {"base_model": "dir:base"}
@@ -90,6 +90,16 @@ def test_a_mixed_merge_is_the_weighted_sum_within_the_certified_error(
     expected = {module: 0.7 * doras[module] - 0.4 * loras[module] for module in doras}
     error = norm(difference(saved(services, adapter, tmp_path / "out"), expected))
     assert error <= 0.7 * section["relative_error"] * section["norm"] + 1e-5 * norm(expected)
+
+
+def test_a_rank_that_grounding_has_not_left_is_no_mistake(services: Services, models: Path) -> None:
+    adapter = run(services, recipe_of(services, added(services, models / "dora"), **ON_BASE, base_rank=3, rank=20))
+    assert certificate(services, adapter)["totals"]["rank"] == 3
+
+
+def test_a_rank_that_no_layer_can_have_is_refused(services: Services, models: Path) -> None:
+    with pytest.raises(InvalidRank, match="rank 32 at most"):
+        recipe_of(services, added(services, models / "dora"), **ON_BASE, rank=33)
 
 
 def test_layers_that_are_stored_transposed_are_turned(services: Services, models: Path, tmp_path: Path) -> None:
