@@ -109,6 +109,7 @@ def choose(services: Services, ref: HubRef, *, token: str | None) -> tuple[HubLi
 
 
 def import_whole(services: Services, listing: HubListing, chosen: Mapping[str, str], *, token: str | None) -> Digest:
+    """Every file of a base model, into the store. chosen: as of `choose`.  Raises BlobTooLarge and the Hub's errors."""
     known = _held(services, listing.ref)
     if known is not None:
         return known
@@ -213,6 +214,7 @@ def _check_gguf(blobs: BlobStore, name: str, part: Descriptor, source: str) -> N
 
 
 def json_object(blobs: BlobStore, name: str, part: Descriptor, source: str) -> Mapping[str, object]:
+    """What a stored file of a base model holds. Raises NoBaseModel."""
     with blobs.open(part.digest) as stream:
         raw = stream.read(_MAX_JSON_BYTES + 1)
     try:

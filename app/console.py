@@ -63,7 +63,7 @@ def certificate_table(report: Mapping[str, Any]) -> Table:
 
 def grounded_table(grounded: Sequence[Mapping[str, Any]]) -> Table:
     """What inputs that depend on the base model's weights lost before the merge."""
-    table = Table(title="Cut before the merge: adapters that depend on the base model's weights")
+    table = Table(title="Cut before the merge", caption="depending on the base model's weights; error: relative, measured")
     table.add_column("adapter", overflow="fold", min_width=16)
     for heading in ("rank", "error"):
         table.add_column(heading, justify="right", no_wrap=True)

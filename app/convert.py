@@ -69,7 +69,7 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     identity = _identity(record, to)
     opened = OpenAdapter.open(services.blobs, record.id)
     with closing(opened.tensors):
-        refuse_ungrounded([opened.spec])
+        refuse_ungrounded([opened.spec], remedy="merge it alone with base_model, and convert what comes of it")
         for extra in opened.spec.extras:
             reason = f"it is no delta, and a {to} file made here holds deltas alone"
             raise UnsupportedAdapter(f"tensor {extra.tensor[:200]}", reason, "save the adapter without it")

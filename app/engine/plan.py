@@ -49,8 +49,10 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     check_names(specs)
     modules = agreed_shapes(specs)
     layers = layers_of(specs, modules)
-    ranks = {n: min(s) for n, s in modules.items()} if method.full_rank else _ranks(specs, modules)
-    _check_rank(recipe, ranks, modules)
+    full = {name: min(shape) for name, shape in modules.items()}
+    ranks = full if method.full_rank else _ranks(specs, modules)
+    # what an energy has left of a grounded input nobody could know who asked for a rank
+    _check_rank(recipe, ranks if recipe.base_rank is None else full, modules)
     sizes = {name: _shipped_bytes(recipe, ranks[name], shape) for name, shape in modules.items()}
     return Plan(base_model, modules, layers, module_weights(recipe.adapters, tuple(modules)), _shards(sizes, shard_bytes))
 

@@ -1,6 +1,7 @@
 """Which inputs of a merge are grounded in the base model first, and the recipe of each: the same one is grounded once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from app.errors import InvalidField
 from app.extras import merged_specs
@@ -53,7 +54,8 @@ def to_ground(recipe: Recipe, specs: Sequence[AdapterSpec]) -> tuple[bool, ...]:
     return needing
 
 
-def refuse_ungrounded(specs: Sequence[AdapterSpec]) -> None:
-    """Raises UnsupportedAdapter for the first module whose delta needs the base model's weight."""
+def refuse_ungrounded(specs: Sequence[AdapterSpec], *, remedy: str | None = None) -> None:
+    """Raises UnsupportedAdapter for the first module whose delta needs the base model's weight. remedy: if it is another."""
     for module in (module for spec in specs for module in spec.modules if module.needs_base):
-        raise formats.needs_base(module)
+        error = formats.needs_base(module)
+        raise replace(error, remedy=remedy) if remedy else error

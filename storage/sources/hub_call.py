@@ -193,6 +193,7 @@ class RangesIgnored(Exception):
 
 
 def info(call: Call) -> bytes:
+    """What the Hub says of the repository at the call's revision."""
     url = f"{call.hub.url}/api/{call.ref.kind}/{call.ref.repo}/revision/{quote(call.ref.revision, safe='')}?blobs=true"
     while True:
         text = bytearray()
@@ -205,6 +206,7 @@ def info(call: Call) -> bytes:
 
 
 def head(call: Call, path: str) -> None:
+    """Returns if the Hub lets this caller read the file."""
     # Not on to storage: whom the Hub sends there, it has let in.
     url = _url(call, path)
     while True:

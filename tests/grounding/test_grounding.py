@@ -34,8 +34,8 @@ from doras import (
     write_adapter,
 )
 from llama import LLAMA_TEXTS
-from making import dense_directory
-from merge_algos.errors import UnsupportedAdapter
+from making import PREFIX, dense_directory
+from merge_algos.errors import InvalidRank, UnsupportedAdapter
 from storage.digest import Digest
 
 ON_BASE = {"base_model": "dir:base"}
@@ -90,6 +90,16 @@ def test_a_mixed_merge_is_the_weighted_sum_within_the_certified_error(
     expected = {module: 0.7 * doras[module] - 0.4 * loras[module] for module in doras}
     error = norm(difference(saved(services, adapter, tmp_path / "out"), expected))
     assert error <= 0.7 * section["relative_error"] * section["norm"] + 1e-5 * norm(expected)
+
+
+def test_a_rank_that_grounding_has_not_left_is_no_mistake(services: Services, models: Path) -> None:
+    adapter = run(services, recipe_of(services, added(services, models / "dora"), **ON_BASE, base_rank=3, rank=20))
+    assert certificate(services, adapter)["totals"]["rank"] == 3
+
+
+def test_a_rank_that_no_layer_can_have_is_refused(services: Services, models: Path) -> None:
+    with pytest.raises(InvalidRank, match="rank 32 at most"):
+        recipe_of(services, added(services, models / "dora"), **ON_BASE, rank=33)
 
 
 def test_layers_that_are_stored_transposed_are_turned(services: Services, models: Path, tmp_path: Path) -> None:
@@ -234,7 +244,7 @@ def test_a_rank_for_no_base_is_refused(services: Services, models: Path) -> None
 def test_another_format_cannot_hold_it(services: Services, models: Path) -> None:
     record = services.index.get(Digest.parse(added(services, models / "dora")))
     assert record is not None
-    with pytest.raises(UnsupportedAdapter, match="depends on the base model's weight"):
+    with pytest.raises(UnsupportedAdapter, match="depends on the base model's weight; merge it alone with base_model"):
         convert(services, record, "kohya")
 
 
@@ -242,6 +252,19 @@ def test_targets_of_both_adapters_are_the_same(written: Path) -> None:
     """Else the mixed merge above would leave its layers alone."""
     assert dense_doras(written / "base", written / "dora").keys() == dense_directory(written / "lora").keys()
     assert len(dense_directory(written / "lora")) == 2 * len(TARGETS)
+
+
+def test_what_it_holds_beside_its_deltas_is_not_lost_on_the_way(services: Services, models: Path, tmp_path: Path) -> None:
+    write_adapter(models / "base", models / "more", dora(modules_to_save=["lm_head"]))
+    source = added(services, models / "more")
+    with pytest.raises(UnsupportedAdapter, match="lm_head"):
+        recipe_of(services, source, **ON_BASE)
+    adapter = run(services, recipe_of(services, source, **WHOLE, extras="average"))
+    exact = dense_doras(models / "base", models / "more")
+    assert norm(difference(saved(services, adapter, tmp_path / "out"), exact)) <= 1e-5 * norm(exact)
+    name = f"{PREFIX}lm_head.weight"
+    before, after = (load_file(folder / "adapter_model.safetensors")[name] for folder in (models / "more", tmp_path / "out"))
+    assert torch.equal(before, after)
 
 
 # Beside learning
