@@ -239,8 +239,8 @@ INTRODUCTION = """# What learned coefficients bring
 
 Eight real adapters (rank 8) of one MiniLM, merged into one; accuracy on 600 test rows of each of eight tasks, over that of the
 task's own adapter, averaged (one standard error is about .009). `python benchmarks/learned.py --zoo DIR --threads 1`, on two CPU
-cores, two cases at a time. A number in a label is the rows of every task that a method has seen, a fifth of them held out for early
-stopping. `tuned`: one number for all, the best on those rows. Seconds are of the whole job, peak memory of its process.
+cores, two cases at a time. A number in a label is the rows of every task that a method has seen, a fifth of them held out for
+early stopping. `tuned`: one number for all, the best on those rows. Seconds are of the whole job, peak memory of its process.
 """
 
 if __name__ == "__main__":
