@@ -90,6 +90,7 @@ def _body(report: Mapping[str, Any], base_model: str) -> str:
     rows = "\n".join(_row(given, used) for given, used in zip(recipe["adapters"], report["inputs"], strict=True))
     whole = totals["exact"] or totals["exact_modules"] == totals["modules"]  # though an input was cut before
     loss = "nothing: it is the exact sum" if whole else f"{totals['relative_error']:.4g} of the norm, by cutting the rank"
+    what = "of the deltas" if report.get("extras") else "in the merge"
     return f"""# LoRA adapter merged with {recipe["method"]}
 
 A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["method"]}` ({report["paper"]}).
@@ -98,7 +99,7 @@ A merge of {len(report["inputs"])} LoRA adapters of `{base_model}` by `{recipe["
 |---|---|---|---|---|
 {rows}
 
-{_grounded(report)}{_extras(report)}Lost in the merge: {loss}. \
+{_grounded(report)}{_extras(report)}Lost {what}: {loss}. \
 Lost by rounding to the stored type: {totals["rounding_error"]:.2g}.
 {totals["modules"]} modules, rank {totals["rank"]}. Worst module: `{report["worst_module"]["module"]}`, relative error \
 {report["worst_module"]["relative_error"]:.4g}. `report.json` holds every module.
@@ -131,7 +132,7 @@ def _extras(report: Mapping[str, Any]) -> str:
     parts = [", ".join(f"{f:.4g} x {name}" for name, f in zip(e["from"], e["factors"], strict=True)) for e in extras["tensors"]]
     rows = [f"| {_cell(each['tensor'])} | {_cell(made)} |" for each, made in zip(extras["tensors"], parts, strict=True)]
     for name, own in extras["dropped"].items():
-        rows += [f"| {_cell(tensor)} | nothing: only {_cell(name)} has it |" for tensor in own]
+        rows += [f"| {_cell(tensor)} | nothing: that of {_cell(name)} was dropped |" for tensor in own]
     table = "\n".join(("| tensor | made of |", "|---|---|", *rows))
     return f"Beside the deltas, by the policy `{extras['policy']}`:\n\n{table}\n\n"
 

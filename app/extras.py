@@ -1,6 +1,6 @@
 """What becomes of the extras of several adapters: refused, those of one of them, or their mean. Pure: from specs to a plan."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,9 +12,10 @@ from app.adapters import OpenAdapter, read_tensor, spelling
 from app.engine.assembly import shipped_dtype
 from app.recipe import REFUSE_EXTRAS, Recipe
 from merge_algos import catalogue
-from merge_algos.errors import UnsupportedAdapter
+from merge_algos.errors import NonFiniteResult, UnsupportedAdapter
+from merge_algos.formats.components import without_component
 from merge_algos.formats.extras import PREFIX, Extra, config_of
-from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.spec import AdapterSpec, Layer, Shape
 from merge_algos.formats.together import as_doras
 from merge_algos.learn.method import Learned
 from storage.tensor_writer import TensorSpec
@@ -46,15 +47,21 @@ def combined(recipe: Recipe, specs: Sequence[AdapterSpec], weights: Mapping[str,
     Raises UnsupportedAdapter naming a tensor that the recipe says nothing about, or that does not agree between adapters.
     """
     check(recipe, specs)
-    if recipe.extras.startswith(FROM):
-        return _of_one(recipe, specs)
+    found = _of_one(recipe, specs) if recipe.extras.startswith(FROM) else _of_all(recipe, specs, weights)
+    _check_places(found.mixes, {name: layer for spec in specs for name, layer in spec.layers.items()})
+    if found.mixes and recipe.profile == "vllm":
+        reason = "vLLM loads no adapter with anything beside its deltas"
+        raise UnsupportedAdapter(f"tensor {found.mixes[0].extra.tensor[:200]}", reason, "ask for another profile")
+    return found
+
+
+def _of_all(recipe: Recipe, specs: Sequence[AdapterSpec], weights: Mapping[str, Sequence[float]]) -> Extras:
     places: dict[str, list[tuple[int, Extra]]] = {}
     for position, spec in enumerate(specs):
         for extra in spec.extras:
             places.setdefault(extra.place, []).append((position, extra))
     own = [item.weight for item in recipe.adapters]
     mixes = tuple(_average(found, own, weights) for found in places.values())
-    _check_places(mixes, weights)
     return Extras(mixes, _config([mix.extra for mix in mixes], specs))
 
 
@@ -83,30 +90,49 @@ def read(mix: Mix, adapters: Sequence[OpenAdapter], dtype: torch.dtype) -> Tenso
     """The tensor of the result, added up in float64; one that is taken as it is keeps its bits."""
     if len(mix.parts) == 1 and mix.parts[0][2] == 1.0:
         ((position, extra, _),) = mix.parts
-        return read_tensor(adapters[position].tensors, extra.tensor).to(dtype)
+        return _cast(mix, read_tensor(adapters[position].tensors, extra.tensor), dtype)
     total: Tensor | float = 0.0
     for position, extra, factor in mix.parts:
         total = total + factor * read_tensor(adapters[position].tensors, extra.tensor).double()
     assert isinstance(total, Tensor)
-    return total.to(dtype)
+    return _cast(mix, total, dtype)
+
+
+def _cast(mix: Mix, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        raise NonFiniteResult(f"tensor {mix.extra.tensor[:200]}", str(dtype).removeprefix("torch."))
+    return cast
 
 
 def tensors_of(
-    recipe: Recipe, extras: Extras, adapters: Sequence[OpenAdapter], modules: Collection[str]
+    recipe: Recipe, extras: Extras, adapters: Sequence[OpenAdapter], shapes: Mapping[str, Shape]
 ) -> dict[TensorSpec, Callable[[], Tensor]]:
-    """The tensors of the result, to be read in their turn. modules: those that the result adapts, so that a loader wraps them."""
+    """The tensors of the result, to be read in their turn. shapes: of the modules that it adapts, so that a loader wraps them.
+
+    `lora_bias` holds for all layers or none, so a module that no adapter has one of gets zeros.
+    """
+    called = without_component(tuple(shapes))
     found: dict[TensorSpec, Callable[[], Tensor]] = {}
     for mix in extras.mixes:
         infos = [adapters[n].tensors.header.tensors[extra.tensor] for n, extra, _ in mix.parts]
         dtype = shipped_dtype(recipe, [info.dtype for info in infos])
-        found[TensorSpec(_name(mix.extra, modules), spelling(dtype), infos[0].shape)] = partial(read, mix, adapters, dtype)
+        found[TensorSpec(_name(mix.extra, called), spelling(dtype), infos[0].shape)] = partial(read, mix, adapters, dtype)
+    biased = {mix.extra.module: mix for mix in extras.mixes if mix.extra.sort == "lora_bias"}
+    for module in (module for module in shapes if biased and module not in biased):
+        dtype = shipped_dtype(recipe, [dtype for adapter in adapters for dtype in adapter.dtypes])
+        zeros = partial(torch.zeros, shapes[module][0], dtype=dtype)
+        found[TensorSpec(f"{PREFIX}{called[module]}.lora_B.bias", spelling(dtype), shapes[module][:1])] = zeros
     return found
 
 
-def _name(extra: Extra, modules: Collection[str]) -> str:
-    if extra.sort != "bias":
-        return extra.tensor
-    return f"{PREFIX}{extra.module}{'.base_layer' if extra.module in modules else ''}.bias"
+def _name(extra: Extra, called: Mapping[str, str]) -> str:
+    """Of a tensor of the result. called: adapted module -> its name in the result."""
+    if extra.module in called and extra.sort in {"lora_bias", "magnitude"}:
+        return f"{PREFIX}{called[extra.module]}{extra.tensor[extra.tensor.rindex('.lora_') :]}"
+    if extra.module in called and extra.sort == "bias":
+        return f"{PREFIX}{called[extra.module]}.base_layer.bias"
+    return extra.place
 
 
 def certified(recipe: Recipe, extras: Extras) -> dict[str, Any] | None:
@@ -123,7 +149,18 @@ def certified(recipe: Recipe, extras: Extras) -> dict[str, Any] | None:
         }
         for mix in extras.mixes
     ]
-    return {"policy": recipe.extras, "tensors": tensors, "dropped": {name: list(own) for name, own in extras.dropped.items()}}
+    exact = not extras.dropped and all(_is_exact(mix) for mix in extras.mixes)
+    return {
+        "policy": recipe.extras,
+        "exact": exact,
+        "tensors": tensors,
+        "dropped": {name: list(own) for name, own in extras.dropped.items()},
+    }
+
+
+def _is_exact(mix: Mix) -> bool:
+    """Whether it is what the adapter has, or a sum as outputs add up; a mean of whole values is neither."""
+    return mix.extra.sort == "lora_bias" or (len(mix.parts) == 1 and mix.parts[0][2] == 1.0)
 
 
 def _check_method(recipe: Recipe, specs: Sequence[AdapterSpec]) -> None:
@@ -182,12 +219,22 @@ def _said(extra: Extra) -> str:
     return str(list(extra.indices[:8]) if extra.indices else extra.shape)
 
 
-def _check_places(mixes: Sequence[Mix], weights: Mapping[str, Sequence[float]]) -> None:
-    """Raises UnsupportedAdapter for a module that one adapter has saved whole and another has a delta of."""
-    for mix in mixes:
-        if mix.extra.sort == "module" and mix.extra.module in weights:
+def _check_places(mixes: Sequence[Mix], layers: Mapping[str, Layer]) -> None:
+    """Raises UnsupportedAdapter for what PEFT has no one layer for. layers: of the modules that any adapter has a delta of."""
+    tokens = {mix.extra.module for mix in mixes if mix.extra.sort == "tokens"}
+    for extra in (mix.extra for mix in mixes):
+        reason, place = None, extra.module
+        inside = next((name for name in layers if f"{name}.".startswith(f"{place}.")), None)
+        if extra.sort == "module" and inside is not None:
             reason = "one adapter has saved this module whole, another has a delta of it"
-            raise UnsupportedAdapter(f"module {mix.extra.module[:200]}", reason, "save both in one way")
+        elif extra.sort == "module" and place in tokens:
+            reason = "one adapter has saved this module whole, another has trained rows of it"
+        if reason is not None:
+            raise UnsupportedAdapter(f"module {place[:200]}", reason, "save both in one way")
+    if any(mix.extra.sort == "lora_bias" for mix in mixes):
+        for name in (name for name, layer in layers.items() if layer.kind in {"embedding", "expert"}):
+            reason = "PEFT has no bias of lora_B in such a layer, and knows it for all layers or none"
+            raise UnsupportedAdapter(f"module {name[:200]}", reason, "save the adapters without lora_bias")
 
 
 def _config(extras: Sequence[Extra], specs: Sequence[AdapterSpec]) -> dict[str, Any]:

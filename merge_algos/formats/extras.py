@@ -21,7 +21,7 @@ _REMEDY = "save the adapter whole, or without the flag"
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """One tensor beside the deltas. tensor: its name in the file.  module: in the model, without the prefix.
+    """One tensor beside the deltas. tensor: its name in the file.  module: in the model, called as a spec calls its modules.
 
     indices: which rows of an embedding it holds.  scaling: what a `lora_bias` is multiplied by.
     """
@@ -59,7 +59,7 @@ def recognised(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
             found[tensor] = Extra(tensor, "lora_bias", path.removesuffix(_LORA_BIAS), shape)
         elif owner := _saved_module(path, saved):
             found[tensor] = Extra(tensor, "module", owner, shape)
-        elif path.endswith(_BIAS) and has_bias:
+        elif path.endswith(_BIAS) and has_bias and ".lora_" not in path:
             found[tensor] = Extra(tensor, "bias", path.removesuffix(_BIAS).removesuffix(".base_layer"), shape)
         elif path.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS and path.endswith(".weight"):
             found[tensor] = Extra(tensor, "module", path.removesuffix(".weight"), shape)

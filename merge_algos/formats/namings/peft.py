@@ -45,13 +45,18 @@ class Peft(Naming):
         )
         parts = _split({name: shape for name, shape in shapes.items() if name not in beside}, kind)
         settings = kind.settings(config, tuple(parts))
+        modules = _modules(kind, parts, settings)
+        found = extras.scaled(beside.values(), {module: scaling(own, own.r or 1) for module, own in settings.items()})
+        # a UNet or transformer of an image model, which PEFT wraps alone, is the component of a pipeline to other namings
+        component = component_alone(module.name for module in modules)
+        start = f"{component}." if component else ""
         return AdapterSpec(
             base_model=fields.text(config, "base_model_name_or_path") or "",
             revision=fields.text(config, "revision"),
             task_type=fields.text(config, "task_type"),
             fan_in_fan_out=fields.flag(config, "fan_in_fan_out"),
-            modules=_in_component(_modules(kind, parts, settings)),
-            extras=extras.scaled(beside.values(), {module: scaling(own, own.r or 1) for module, own in settings.items()}),
+            modules=tuple(replace(module, name=f"{start}{module.name}") for module in modules),
+            extras=tuple(replace(extra, module=f"{start}{extra.module}") for extra in found),
             extras_config=extras.config_of(beside.values(), [config]),
         )
 
@@ -69,12 +74,6 @@ def _modules(kind: Kind, parts: Mapping[str, Parts], settings: Mapping[str, Sett
             reason = f"more than {_MAX_MODULES} modules, experts counted one by one"
             raise UnsupportedAdapter("adapter_model.safetensors", reason, "check how the adapter was saved")
     return tuple(modules)
-
-
-def _in_component(modules: tuple[ModuleSpec, ...]) -> tuple[ModuleSpec, ...]:
-    """A UNet or transformer of an image model, which PEFT wraps alone, is the component of a pipeline to other namings."""
-    component = component_alone(module.name for module in modules)
-    return tuple(replace(module, name=f"{component}.{module.name}") for module in modules) if component else modules
 
 
 def _kind(config: Mapping[str, Any]) -> Kind:
