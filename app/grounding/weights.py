@@ -13,7 +13,7 @@ from app.extract.models import TRANSPOSED, OpenModel, open_model
 from app.services import Services
 from merge_algos import formats
 from merge_algos.errors import ShapeMismatch
-from merge_algos.formats.spec import AdapterSpec, Layer, ModuleSpec, Shape, check_finite
+from merge_algos.formats.spec import FLAT, AdapterSpec, Layer, ModuleSpec, Shape, check_finite
 from storage.digest import Digest
 
 _WEIGHT = ".weight"
@@ -30,6 +30,7 @@ class BaseWeights:
         """The module with a shape, after a look at the header. Raises BadBase, and ShapeMismatch naming the tensor."""
         tensor = tensor_of(module, self.model.files)
         stored = self.model.info(tensor).shape
+        module = _seen(module, stored)
         if module.shape is None:
             return formats.completed(module, _delta_shape(tensor, stored, module.layer, self.transposed))
         if _layout(stored, module, self.transposed) is None:
@@ -100,8 +101,17 @@ def _is_tail(tensor: str, wanted: str) -> bool:
     return tensor.endswith(f".{wanted}") or wanted.endswith(f".{tensor}")
 
 
+def _seen(module: ModuleSpec, stored: tuple[int, ...]) -> ModuleSpec:
+    """The module with the layer that its base weight shows it to be, where its own file does not tell."""
+    if module.layer == FLAT and len(stored) > 2:
+        return replace(module, layer=Layer("conv", stored[2:]))
+    return module
+
+
 def _delta_shape(tensor: str, stored: tuple[int, ...], layer: Layer, transposed: bool) -> Shape:
-    """Of a module whose file says none. Raises ShapeMismatch for a tensor that is no matrix."""
+    """Of a module whose file says none. Raises ShapeMismatch for a tensor that is no such layer's."""
+    if layer.kind == "conv" and stored[2:] == layer.kernel:
+        return stored[0], stored[1] * layer.size
     if len(stored) != 2:
         raise ShapeMismatch(f"{tensor} of the base model", (1, 1), stored)
     d_out, d_in = stored

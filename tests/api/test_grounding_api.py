@@ -195,7 +195,7 @@ def test_another_format_is_refused(service: Server, ids: Mapping[str, str]) -> N
 
 def test_the_command_merges_here_with_any_directory(preloaded: Preloaded, models: Path, tmp_path: Path) -> None:
     command = ("merge", models / "dora", models / "lora", "-w", "1", "-w", "1", "--base-model", models / "base")
-    ran = preloaded(*command, "--base-rank", "energy:0.9:8", "-o", tmp_path / "out", data_dir=tmp_path / "data")
+    ran = preloaded(*command, "--base-rank", "energy:0.9:30", "-o", tmp_path / "out", data_dir=tmp_path / "data")
     assert ran.returncode == 0, ran.stderr
     assert "Cut before the merge" in ran.stdout
     doras, loras = dense_doras(models / "base", models / "dora"), dense_directory(models / "lora")
