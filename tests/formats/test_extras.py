@@ -264,3 +264,65 @@ def test_a_dora_is_refused_where_nothing_is_said(server: Server, tmp_path: Path)
 def test_the_recipe_says_nothing_of_extras_where_nothing_was_asked(server: Server, tmp_path: Path) -> None:
     _, report = merge(server, read(case("plain").save(tmp_path / "in")), to=tmp_path / "out", weights=[1.0])
     assert "extras" not in report["recipe"] and "extras" not in json.dumps(report)
+
+
+# --- what has no one meaning together
+
+
+def named(server: Server, *made: Made) -> list[dict[str, Any]]:
+    return [{"source": server.add(each), "name": f"a{n}", "weight": 1.0} for n, each in enumerate(made)]
+
+
+def test_taken_from_one_a_whole_module_is_refused_beside_a_delta_of_it(server: Server, tmp_path: Path) -> None:
+    other = case("a delta of it", target_modules=["down"])
+    made = [read(CASES["module"].save(tmp_path / "a")), read(other.save(tmp_path / "b"))]
+    answer = server.http.post("/merge", json={"adapters": named(server, *made), "extras": {"from": "a0"}})
+    assert answer.status_code == 422 and "module down" in answer.json()["detail"]
+
+
+def test_a_delta_inside_a_whole_module_is_refused(server: Server, tmp_path: Path) -> None:
+    whole, inside = case("mlp", llama, modules_to_save=["mlp"]), case("inside", llama, target_modules=["gate_proj"])
+    made = [read(whole.save(tmp_path / "a")), read(inside.save(tmp_path / "b"))]
+    assert "saved this module whole" in refusal(server, *made, extras="average")
+
+
+def test_rows_of_an_embedding_that_another_saved_whole_are_refused(server: Server, tmp_path: Path) -> None:
+    whole = case("embedding", llama, modules_to_save=["embed_tokens"])
+    made = [read(whole.save(tmp_path / "a")), read(CASES["tokens"].save(tmp_path / "b"))]
+    assert "rows of it" in refusal(server, *made, extras="average")
+
+
+def test_a_bias_of_lora_B_has_no_place_beside_an_embedding(server: Server, tmp_path: Path) -> None:
+    made = [read(CASES["lora_bias"].save(tmp_path / "a")), read(case("words", target_modules=["words"]).save(tmp_path / "b"))]
+    assert "module words" in refusal(server, *made, extras="average")
+
+
+def test_a_module_without_a_bias_of_lora_B_gets_zeros(server: Server, tmp_path: Path) -> None:
+    made = [read(CASES["lora_bias"].save(tmp_path / "a")), read(case("down", target_modules=["down"]).save(tmp_path / "b"))]
+    merged, _ = merge(server, *made, to=tmp_path / "out", weights=[1.0, 1.0], extras="average")
+    assert torch.equal(merged.tensors[f"{PREFIX}down.lora_B.bias"], torch.zeros(12))
+
+
+def test_what_overflows_the_type_of_the_result_fails_by_tensor(server: Server, tmp_path: Path) -> None:
+    made = read(CASES["module"].save(tmp_path))
+    name = f"{PREFIX}down.weight"
+    huge = Made({**made.tensors, name: torch.full((12, 20), 1e6)}, made.config)
+    job = server.merge(server.add(huge), weights=[1.0], dtype="float16", extras="average")
+    assert job["state"] == "failed" and name in job["error"]["detail"]
+
+
+def test_vllm_loads_nothing_beside_deltas(server: Server, tmp_path: Path) -> None:
+    assert "vLLM" in refusal(server, read(CASES["module"].save(tmp_path)), extras="average", profile="vllm")
+
+
+def test_a_bias_of_lora_B_that_no_flag_announces_is_no_bias_of_the_model(tmp_path: Path) -> None:
+    made = read(CASES["lora_bias"].save(tmp_path))
+    with pytest.raises(UnsupportedAdapter, match=r"lora_B\.bias"):
+        described(Made(made.tensors, {**made.config, "lora_bias": False, "bias": "all"}))
+
+
+@pytest.mark.parametrize(("name", "is_exact"), [("module", False), ("lora_bias", True)])
+def test_the_certificate_calls_a_sum_exact_and_a_mean_not(name: str, is_exact: bool, server: Server, tmp_path: Path) -> None:
+    made = [read(CASES[name].save(tmp_path / str(seed), seed)) for seed in (3, 4)]
+    _, report = merge(server, *made, to=tmp_path / "out", weights=[1.0, 1.0], extras="average")
+    assert report["extras"]["exact"] is is_exact
