@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -63,4 +62,4 @@ def attached(model: nn.Module, deltas: Mapping[str, LowRankDelta], scale: Scale)
 
 def _add(delta: LowRankDelta, scale: Scale, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     projected = linear(inputs[0], delta.A) * scale(name).to(delta.A.dtype)
-    return torch.add(output, linear(projected, delta.B))
+    return output.add_(linear(projected, delta.B))  # in place: no gradient of a linear layer needs its output
