@@ -264,7 +264,7 @@ def _in_use(services: Services) -> Iterator[Digest]:
 
 def _of_groundings(services: Services) -> Iterator[Descriptor]:
     """Shards of what jobs under way ground first, which is no job of its own."""
-    for recipe in _under_way(services):
+    for recipe in (recipe for recipe in _under_way(services) if recipe.get("base_model")):
         for grounding in ground_recipes(Recipe.from_json(recipe)):
             yield from services.jobs.shards(grounding.digest).values()
 

@@ -173,7 +173,8 @@ def refused(server: Server, body: dict[str, Any]) -> httpx2.Response:
     [
         ({"base_model": None}, "base_model"),
         ({"tasks": []}, "tasks"),
-        ({"method": "ties", "parameters": {}, "rank": 8}, "base_model"),
+        ({"method": "ties", "parameters": {}, "rank": 8}, "tasks"),
+        ({"method": "ties", "parameters": {}, "rank": 8, "tasks": []}, "base_model"),
         ({"parameters": {**SHORT, "objective": "negation"}}, "tasks"),
         ({"parameters": {**SHORT, "task_type": "causal_lm"}}, "tasks.0.head"),
     ],
