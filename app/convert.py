@@ -24,7 +24,7 @@ from merge_algos.errors import NonFiniteResult, UnsupportedAdapter
 from merge_algos.formats import namings
 from merge_algos.formats.components import divided
 from merge_algos.formats.spec import AdapterSpec, Layer, Shape
-from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.formats.together import agreed_shapes, layers_of, replicated
 from merge_algos.formats.written import Written, config_for, factor_names, joined
 from merge_algos.lowrank import LowRankDelta, distance, shared_A
 from merge_algos.merge import reduce
@@ -70,6 +70,8 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     opened = OpenAdapter.open(services.blobs, record.id)
     with closing(opened.tensors):
         refuse_ungrounded([opened.spec], remedy="merge it alone with base_model, and convert what comes of it")
+        if opened.spec.layer_replication:
+            raise replicated(f"a {to} file")
         for extra in opened.spec.extras:
             reason = f"it is no delta, and a {to} file made here holds deltas alone"
             raise UnsupportedAdapter(f"tensor {extra.tensor[:200]}", reason, "save the adapter without it")

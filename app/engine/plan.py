@@ -14,7 +14,7 @@ from merge_algos.errors import InvalidRank
 from merge_algos.extract import as_matrix, tensor_of
 from merge_algos.formats.components import check_names
 from merge_algos.formats.spec import LINEAR, AdapterSpec, Layer
-from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.formats.together import agreed_replication, agreed_shapes, layers_of, replicated
 from merge_algos.ground import rank_bound
 from merge_algos.merge import check_count, check_rule
 from merge_algos.protocol import BasisMethod
@@ -47,6 +47,7 @@ def plan(recipe: Recipe, specs: Sequence[AdapterSpec], *, shard_bytes: int) -> P
     refuse_ungrounded(specs)
     base_model = common_base([spec.base_model for spec in specs], allow_mismatch=recipe.allow_base_mismatch)
     check_names(specs)
+    _check_replication(recipe, method.produces, specs)
     modules = agreed_shapes(specs)
     layers = layers_of(specs, modules)
     full = {name: min(shape) for name, shape in modules.items()}
@@ -95,6 +96,12 @@ def plan_extraction(recipe: Recipe, pair: OpenPair, known: Any, *, shard_bytes: 
         dict.fromkeys(modules, ()),
         _shards(sizes, shard_bytes),
     )
+
+
+def _check_replication(recipe: Recipe, produces: str, specs: Sequence[AdapterSpec]) -> None:
+    """Raises UnsupportedAdapter for a result that knows the base model only as it is, not with repeated layers."""
+    if agreed_replication(specs) and (produces == "basis" or recipe.profile == "vllm"):
+        raise replicated("a basis" if produces == "basis" else "the profile vllm")
 
 
 def _ranks(specs: Sequence[AdapterSpec], modules: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
 from merge_algos.formats.spec import AdapterSpec, Layer
-from merge_algos.formats.together import agreed_shapes, layers_of
+from merge_algos.formats.together import agreed_replication, agreed_shapes, layers_of
 from merge_algos.formats.written import config_for
 from merge_algos.lowrank import LowRankDelta
 from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
@@ -142,6 +142,7 @@ def _coefficients(recipe: Recipe, inputs: Sequence[Digest], learned: Mapping[str
 def _config(
     task: AssembleTask, specs: Sequence[AdapterSpec], ranks: Mapping[str, int], layers: Mapping[str, Layer]
 ) -> dict[str, Any]:
+    ranges = agreed_replication(specs)
     return config_for(
         base_model=task.base_model,
         revision=adapters.agreed([spec.revision for spec in specs]),
@@ -149,4 +150,4 @@ def _config(
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
         ranks=ranks,
         layers=layers,
-    )
+    ) | ({"layer_replication": ranges} if ranges else {})

@@ -8,6 +8,7 @@ from app.extras import merged_specs
 from app.recipe import Recipe, RecipeInput
 from merge_algos import formats
 from merge_algos.formats.spec import AdapterSpec
+from merge_algos.formats.together import replicated
 from merge_algos.ground import DEFAULT_RULE, Ground
 
 _ANY = "adapter"  # what it is called in the merge is not part of what it is
@@ -47,6 +48,8 @@ def to_ground(recipe: Recipe, specs: Sequence[AdapterSpec]) -> tuple[bool, ...]:
     if recipe.base_model is None:
         refuse_ungrounded(merged_specs(recipe, specs))
         return (False,) * len(specs)
+    if any(spec.layer_replication for spec in specs):  # whose modules are counted otherwise than the model's own
+        raise replicated("a base_model")
     known = {name for spec in specs for name in spec.shapes}
     needing = tuple(spec.needs_base or any(module.name not in known for module in spec.modules) for spec in specs)
     if not any(needing) and not recipe.tasks:

@@ -48,6 +48,15 @@ def texts(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def ranges(config: Mapping[str, Any], field: str) -> tuple[tuple[int, int], ...]:
+    """A list of pairs of whole numbers, or nothing. Raises InvalidParams."""
+    value = config.get(field) or []
+    is_pair = lambda pair: isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)  # noqa: E731
+    if not isinstance(value, list) or not all(map(is_pair, value)):
+        raise InvalidParams(f"adapter_config.json: {field}", "must be a list of [start, stop] or null")
+    return tuple((start, stop) for start, stop in value)
+
+
 def by_pattern(
     config: Mapping[str, Any], default: str, pattern: str, modules: Sequence[str], *, otherwise: float = 8
 ) -> dict[str, float]:

@@ -85,7 +85,8 @@ class ModuleSpec:
 class AdapterSpec:
     """A whole adapter. Modules in the file's order; every tensor of the file belongs to at least one of them, or is an extra.
 
-    extras_config: what its config says of its extras.
+    extras_config: what its config says of its extras.  layer_replication: of which layers the base model is put together before
+    modules are counted, as (start, stop) ranges; empty for the base as it is.
     """
 
     base_model: str
@@ -95,6 +96,7 @@ class AdapterSpec:
     modules: tuple[ModuleSpec, ...]
     extras: tuple[Extra, ...] = ()
     extras_config: Mapping[str, Any] = field(default_factory=dict)
+    layer_replication: tuple[tuple[int, int], ...] = ()
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -27,6 +27,24 @@ def agreed_shapes(specs: Sequence[AdapterSpec]) -> dict[str, Shape]:
     return shapes
 
 
+def agreed_replication(specs: Sequence[AdapterSpec]) -> tuple[tuple[int, int], ...]:
+    """Of which layers the base model of all these is put together. Raises UnsupportedAdapter where they do not agree."""
+    distinct = tuple(dict.fromkeys(spec.layer_replication for spec in specs))
+    if len(distinct) > 1:
+        shown = " and ".join(str([list(pair) for pair in each] or "none")[:100] for each in distinct[:2])
+        reason = f"two adapters count the layers in two ways ({shown}), so one name is two modules"
+        raise UnsupportedAdapter("adapter_config.json: layer_replication", reason, "merge adapters of one layer_replication")
+    return distinct[0]
+
+
+def replicated(beside: str) -> UnsupportedAdapter:
+    """What is said of repeated layers where something knows none."""
+    reason = f"{beside} knows the base model only as it is, not with repeated layers"
+    return UnsupportedAdapter(
+        "adapter_config.json: layer_replication", reason, "merge such adapters by themselves, as PEFT files"
+    )
+
+
 def agreed_layers(adapters: Iterable[tuple[Mapping[str, Shape], Mapping[str, Layer]]]) -> dict[str, Layer]:
     """Module -> the layer that all adapters see there. adapters: of each, its modules' shapes, and layers where not linear.
 

@@ -32,7 +32,6 @@ FLAGS: dict[str, Any] = {
     "lora_bias": True,
     "modules_to_save": ["classifier"],
     "trainable_token_indices": [1, 2],
-    "layer_replication": [[0, 2], [1, 3]],
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
     "use_qalora": True,

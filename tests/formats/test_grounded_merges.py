@@ -11,11 +11,12 @@ from app.commands import save
 from app.services import Services
 from app.settings import Settings
 from doras import added, certificate, recipe_of, run
-from kind_cases import CASES, GROUNDED
+from kind_cases import CASES, GROUNDED, lora
 from merge_algos import formats
+from merge_algos.errors import UnsupportedAdapter
 from test_grounded import of_peft, of_the_base
 from test_kinds import read
-from tiny import Case, as_matrices
+from tiny import Case, as_matrices, llama
 
 WIDTHS = [case for case in CASES if case.guided]  # their files do not say how wide a layer is
 
@@ -50,6 +51,12 @@ def test_beside_its_base_it_is_pefts_merge(services: Services, case: Case, tmp_p
     assert found.keys() == theirs.keys()
     for name, delta in theirs.items():
         assert (found[name] - delta).norm() <= 2e-5 * delta.norm(), name
+
+
+def test_an_adapter_that_counts_layers_in_its_own_way_is_no_adapter_of_the_base(services: Services, tmp_path: Path) -> None:
+    case = lora("layers", llama, target_modules=["q_proj"], use_dora=True, layer_replication=[[0, 1], [0, 2]])
+    with pytest.raises(UnsupportedAdapter, match="layer_replication"):
+        merged(services, case, tmp_path)
 
 
 @pytest.mark.parametrize("case", WIDTHS, ids=str)

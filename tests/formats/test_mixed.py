@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kind_cases import CONVOLUTIONS, LINEAR, linear, loha, lokr, lora
+from kind_cases import ATTENTION, CONVOLUTIONS, LINEAR, linear, loha, lokr, lora
 from making import Made, make
 from merge_algos.errors import ShapeMismatch, UnsupportedAdapter
 from merge_algos.formats.spec import EMBEDDING, FLAT, AdapterSpec, Layer, ModuleSpec
@@ -20,7 +20,7 @@ from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.learn.attach import check_modules
 from serving import Server
 from test_kinds import read
-from tiny import Case, forward, mixture, zoo
+from tiny import Case, forward, llama, mixture, zoo
 
 EVERY_LAYER = [*LINEAR, *CONVOLUTIONS, "words"]
 MIX: Mapping[Case, float] = {
@@ -215,3 +215,45 @@ def test_indices_beyond_what_they_point_at_are_refused_on_upload(server: Server,
     beyond = {name: t + 9 if name.endswith("indices") else t for name, t in made.tensors.items()}
     answer = server.upload(Made(beyond, made.config))
     assert answer.status_code == 422 and "not one of 9" in answer.json()["detail"]
+
+
+# --- base models with repeated layers
+
+REPEATED = [[0, 2], [1, 2]]
+
+
+def of_layers(tmp_path: Path, replication: list[list[int]] | None) -> Made:
+    config = {"target_modules": ["q_proj"], "layer_replication": replication}
+    return read(lora("layers", llama, **config).save(tmp_path / str(replication)))
+
+
+def refused_for(server: Server, *made: Made, **request: Any) -> str:
+    adapters = [{"source": server.add(each)} for each in made]
+    answer = server.http.post("/merge", json={"adapters": adapters, **request})
+    assert answer.status_code == 422, answer.text
+    return str(answer.json()["detail"])
+
+
+def test_merged_alone_an_adapter_of_repeated_layers_is_the_same_to_peft(server: Server, tmp_path: Path) -> None:
+    case = lora("layers", llama, target_modules=ATTENTION, layer_replication=REPEATED)
+    original = case.save(tmp_path / "in")
+    made = read(original)
+    assert any("layers.2." in tensor for tensor in made.tensors)
+    job = server.merge(server.add(made), server.add(read(case.save(tmp_path / "b", 9))), weights=[1.0, 0.0], dtype="float32")
+    assert job["state"] == "succeeded", job["error"]
+    merged, expected = (case.through_peft(each) for each in (server.download(job["result"]["id"], tmp_path / "out"), original))
+    assert (merged - expected).norm() <= 1e-5 * (expected - case.through_base()).norm()
+
+
+def test_adapters_that_count_layers_in_two_ways_are_refused(server: Server, tmp_path: Path) -> None:
+    said = refused_for(server, of_layers(tmp_path, REPEATED), of_layers(tmp_path, None))
+    assert "layer_replication" in said and "two ways" in said
+
+
+@pytest.mark.parametrize(("request_", "beside"), [({"method": "rmm"}, "basis"), ({"profile": "vllm"}, "vllm")])
+def test_what_knows_only_the_base_as_it_is_refuses_repeated_layers(
+    request_: dict[str, Any], beside: str, server: Server, tmp_path: Path
+) -> None:
+    made = of_layers(tmp_path, REPEATED)
+    said = refused_for(server, made, made, **request_)
+    assert "layer_replication" in said and beside in said

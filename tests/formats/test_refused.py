@@ -93,11 +93,6 @@ VARIANTS: dict[str, tuple[Callable[[], PeftConfig], str, Callable[[], nn.Module]
         "pissa_niter_4",
         zoo,
     ),
-    "layer_replication": (
-        lambda: peft.LoraConfig(target_modules=ATTENTION, layer_replication=[[0, 2], [1, 2]]),
-        "layer_replication",
-        llama,
-    ),
     "VeRA without projections": (lambda: peft.VeraConfig(target_modules=LINEAR, r=2, save_projection=False), "tensor A", zoo),
     "PVeRA without projections": (lambda: peft.PveraConfig(target_modules=LINEAR, r=2, save_projection=False), "tensor A", zoo),
     "PVeRA that samples": (

@@ -75,13 +75,12 @@ class LoRA(Kind):
     )
     # how training went or where layers were found: none of it changes B A, whose modules the tensors name themselves
     flags = frozenset(
-        "alpha_pattern corda_config eva_config init_lora_weights loftq_config lora_alpha lora_dropout lora_ga_config "
-        "megatron_config megatron_core monteclora_config qalora_group_size r rank_pattern runtime_config target_parameters "
-        "use_bdlora use_dora use_rslora velora_config".split()
+        "alpha_pattern corda_config eva_config init_lora_weights layer_replication loftq_config lora_alpha lora_dropout "
+        "lora_ga_config megatron_config megatron_core monteclora_config qalora_group_size r rank_pattern runtime_config "
+        "target_parameters use_bdlora use_dora use_rslora velora_config".split()
     )
     reasons = MappingProxyType(
         {
-            "layer_replication": "its modules exist only in a base model with repeated layers",
             "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so it is not one delta",
             "arrow_config": "a router over several adapters is not one delta",
             "ensure_weight_tying": "a delta of tied weights counts in two layers",

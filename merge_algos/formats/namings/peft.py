@@ -58,6 +58,7 @@ class Peft(Naming):
             modules=tuple(replace(module, name=f"{start}{module.name}") for module in modules),
             extras=tuple(replace(extra, module=f"{start}{extra.module}") for extra in found),
             extras_config=extras.config_of(beside.values(), [config]),
+            layer_replication=fields.ranges(config, "layer_replication"),
         )
 
     def written(
