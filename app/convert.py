@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from app import adapters, ingest
 from app.adapters import OpenAdapter
+from app.engine.assembly import plain_config
 from app.engine.child import workbench
 from app.engine.local import threads_for
 from app.grounding.recipe import refuse_ungrounded
@@ -23,9 +24,9 @@ from merge_algos import formats
 from merge_algos.errors import NonFiniteResult, UnsupportedAdapter
 from merge_algos.formats import namings
 from merge_algos.formats.components import divided
-from merge_algos.formats.spec import AdapterSpec, Layer, Shape
+from merge_algos.formats.spec import AdapterSpec, Shape
 from merge_algos.formats.together import agreed_shapes, layers_of, replicated
-from merge_algos.formats.written import Written, config_for, factor_names, joined
+from merge_algos.formats.written import Written, factor_names, joined
 from merge_algos.lowrank import LowRankDelta, distance, shared_A
 from merge_algos.merge import reduce
 from merge_algos.protocol import ModuleContext
@@ -87,9 +88,10 @@ def _make(services: Services, record: AdapterRecord, to: Format) -> AdapterRecor
     tensors = namings.registry()[to].written(shapes, layers, ranks, one_A=partial(_have_one_A, modules))
     weights = _put(services, modules, tensors, adapters.spelling(dtype))
     report = {"schema": 1, "kind": "conversion", "adapter": str(record.id), "format": to, "rounding_error": _rounding_error(made)}
+    config = plain_config(opened.spec.base_model, [opened.spec], ranks, layers)
     manifest = AdapterManifest(
         base_model=opened.spec.base_model,
-        config=_put_config(services, opened.spec, ranks, layers) if to == "peft" else None,
+        config=services.blobs.put([canonical_json(config)], media_type=MEDIA_JSON) if to == "peft" else None,
         weights=weights,
         source=Source("conversion", str(identity)),
         licence=opened.manifest.licence,
@@ -154,15 +156,3 @@ def _put(services: Services, modules: Mapping[str, _Module], tensors: Iterable[W
     return adapters.put_tensors(
         services.blobs, specs, lambda name: joined(named[name], [halves[factor] for factor in named[name].factors])
     )
-
-
-def _put_config(services: Services, spec: AdapterSpec, ranks: Mapping[str, int], layers: Mapping[str, Layer]) -> Descriptor:
-    config: Mapping[str, Any] = config_for(
-        base_model=spec.base_model,
-        revision=spec.revision,
-        task_type=spec.task_type,
-        fan_in_fan_out=spec.fan_in_fan_out,
-        ranks=ranks,
-        layers=layers,
-    )
-    return services.blobs.put([canonical_json(config)], media_type=MEDIA_JSON)

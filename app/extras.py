@@ -76,8 +76,9 @@ def check(recipe: Recipe, specs: Sequence[AdapterSpec]) -> None:
 
 def as_merged(recipe: Recipe, adapters: Sequence[OpenAdapter]) -> list[OpenAdapter]:
     """The adapters as this recipe reads them: DoRAs as the LoRAs and magnitudes that they are made of, if it mixes these."""
-    specs = merged_specs(recipe, [adapter.spec for adapter in adapters])
-    return [adapter.described(spec) for adapter, spec in zip(adapters, specs, strict=True)]
+    own = [adapter.spec for adapter in adapters]
+    specs = merged_specs(recipe, own)
+    return [a if spec is before else a.described(spec) for a, spec, before in zip(adapters, specs, own, strict=True)]
 
 
 def merged_specs(recipe: Recipe, specs: Sequence[AdapterSpec]) -> list[AdapterSpec]:

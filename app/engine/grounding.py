@@ -6,7 +6,7 @@ from typing import Any
 
 from app import adapters
 from app.adapters import OpenAdapter
-from app.engine.assembly import put_weights
+from app.engine.assembly import plain_config, put_weights
 from app.engine.bench import Workbench
 from app.engine.messages import AssembleTask, ShardTask
 from app.grounding.weights import BaseWeights, completed, depends, open_weights
@@ -15,7 +15,6 @@ from app.recipe import Recipe
 from app.report import grounded_section, grounding_certificate, read_report
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats.spec import AdapterSpec
-from merge_algos.formats.written import config_for
 from merge_algos.ground import Ground
 from merge_algos.merge import ModuleResult
 from merge_algos.protocol import ModuleContext
@@ -43,14 +42,7 @@ def assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     reports = tuple(report for shard in shards for report in shard.reports)
     ranks = shipped_ranks({report.module: report.rank_out for report in reports}, recipe.profile)
     report = grounding_certificate(recipe, (adapter, opened.manifest), source, reports, rank=max(ranks.values()))
-    config = config_for(
-        base_model=task.base_model,
-        revision=spec.revision,
-        task_type=spec.task_type,
-        fan_in_fan_out=spec.fan_in_fan_out,
-        ranks=ranks,
-        layers=spec.layers,
-    )
+    config = plain_config(task.base_model, [spec], ranks, spec.layers)
     manifest = AdapterManifest(
         base_model=task.base_model,
         config=blobs.put([canonical_json(config)], media_type=MEDIA_JSON),

@@ -4,10 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any, cast
 
+import torch
+
 from app import adapters, base_models, extras, ingest
+from app.adapters import OpenAdapter
 from app.card import model_card
 from app.engine import basis, extraction, grounding, learning
-from app.engine.assembly import put_weights, shipped_dtype
+from app.engine.assembly import plain_config, put_weights, shipped_dtype
 from app.engine.bench import Workbench
 from app.engine.grounding import sections
 from app.engine.messages import AssembleTask, EncodeTask, FetchTask, JoinTask, LearnTask, ShardTask, SurveyTask, Task
@@ -18,10 +21,7 @@ from app.recipe import Recipe, module_weights
 from app.report import certificate
 from app.services import Services
 from merge_algos import catalogue
-from merge_algos.formats.spec import AdapterSpec, Layer
-from merge_algos.formats.together import agreed_replication, agreed_shapes, layers_of
-from merge_algos.formats.written import config_for
-from merge_algos.lowrank import LowRankDelta
+from merge_algos.formats.together import agreed_shapes, layers_of
 from merge_algos.merge import ModuleResult, build_post, merge_module, survey_module
 from merge_algos.protocol import MergeMethod, ModuleContext
 from storage.digest import Descriptor, Digest
@@ -66,20 +66,20 @@ def _find(source: str, services: Services) -> Digest:
 
 def _survey(task: SurveyTask, bench: Workbench) -> Descriptor:
     recipe = Recipe.from_json(task.recipe)
-    findings = bench.side_by_side(partial(_survey_one, task, recipe, bench), task.modules)
+    one = partial(_survey_one, task, recipe, _opened(task, recipe, bench), bench.device)
+    findings = bench.side_by_side(one, task.modules)
     pooled = reduce(catalogue.build(recipe.method, recipe.parameters).pool, findings)
     return bench.services.blobs.put([canonical_json(pooled)], media_type=MEDIA_JSON)
 
 
-def _survey_one(task: SurveyTask, recipe: Recipe, bench: Workbench, name: str) -> Any:
-    deltas = _deltas(task, recipe, bench, name)
+def _survey_one(task: SurveyTask, recipe: Recipe, opened: Sequence[OpenAdapter], device: str, name: str) -> Any:
+    deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
     method = catalogue.build(recipe.method, recipe.parameters)
     return survey_module(method, deltas, task.weights[name], _context(task, recipe, name))
 
 
-def _deltas(task: SurveyTask | ShardTask, recipe: Recipe, bench: Workbench, name: str) -> list[LowRankDelta]:
-    opened = extras.as_merged(recipe, [bench.open_adapter(digest) for digest in task.inputs])
-    return [adapter.delta(name, task.modules[name], bench.device) for adapter in opened]
+def _opened(task: SurveyTask | ShardTask, recipe: Recipe, bench: Workbench) -> list[OpenAdapter]:
+    return extras.as_merged(recipe, [bench.open_adapter(digest) for digest in task.inputs])
 
 
 def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleContext:
@@ -88,15 +88,18 @@ def _context(task: SurveyTask | ShardTask, recipe: Recipe, name: str) -> ModuleC
 
 def _merge_shard(task: ShardTask, bench: Workbench) -> Descriptor:
     recipe = Recipe.from_json(task.recipe)
-    return adapters.put_shard(bench.services.blobs, bench.side_by_side(partial(_merge_one, task, recipe, bench), task.modules))
-
-
-def _merge_one(task: ShardTask, recipe: Recipe, bench: Workbench, name: str) -> ModuleResult:
+    # of the whole adapters, so looked up once, not in every module
     dtypes = (dtype for digest in task.origins or task.inputs for dtype in bench.open_adapter(digest).dtypes)
-    dtype = shipped_dtype(recipe, dtypes)
+    one = partial(_merge_one, task, recipe, shipped_dtype(recipe, dtypes), _opened(task, recipe, bench), bench.device)
+    return adapters.put_shard(bench.services.blobs, bench.side_by_side(one, task.modules))
+
+
+def _merge_one(
+    task: ShardTask, recipe: Recipe, dtype: torch.dtype, opened: Sequence[OpenAdapter], device: str, name: str
+) -> ModuleResult:
     method = cast(MergeMethod, catalogue.build(recipe.method, recipe.parameters))
     steps = [build_post(step.name, step.parameters) for step in recipe.post]
-    deltas = _deltas(task, recipe, bench, name)
+    deltas = [adapter.delta(name, task.modules[name], device) for adapter in opened]
     return merge_module(method, deltas, task.weights[name], _context(task, recipe, name), dtype, steps)
 
 
@@ -118,7 +121,9 @@ def _assemble(task: AssembleTask, bench: Workbench) -> Descriptor:
     report = certificate(recipe, inputs, reports, rank=rank, training=training, grounded=grounded, extras=beside)
     manifest = AdapterManifest(
         base_model=task.base_model,
-        config=blobs.put([canonical_json({**_config(task, specs, ranks, layers), **found.config})], media_type=MEDIA_JSON),
+        config=blobs.put(
+            [canonical_json({**plain_config(task.base_model, specs, ranks, layers), **found.config})], media_type=MEDIA_JSON
+        ),
         weights=put_weights(blobs, shards, shapes, layers, ranks, extras.tensors_of(recipe, found, opened, shapes)),
         source=Source("merge", str(recipe.digest)),
         licence=adapters.agreed([manifest.licence for _, manifest in inputs]),
@@ -137,17 +142,3 @@ def _coefficients(recipe: Recipe, inputs: Sequence[Digest], learned: Mapping[str
     names = [{"name": item.name, "id": str(digest)} for item, digest in zip(recipe.adapters, inputs, strict=True)]
     granularity = recipe.parameters["granularity"]
     return {"schema": 1, "granularity": granularity, "adapters": names, "table": learned["table"]}
-
-
-def _config(
-    task: AssembleTask, specs: Sequence[AdapterSpec], ranks: Mapping[str, int], layers: Mapping[str, Layer]
-) -> dict[str, Any]:
-    ranges = agreed_replication(specs)
-    return config_for(
-        base_model=task.base_model,
-        revision=adapters.agreed([spec.revision for spec in specs]),
-        task_type=adapters.agreed([spec.task_type for spec in specs]),
-        fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),
-        ranks=ranks,
-        layers=layers,
-    ) | ({"layer_replication": ranges} if ranges else {})
