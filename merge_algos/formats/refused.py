@@ -44,7 +44,6 @@ REFUSED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "SUPERTUNING": ("it is scattered over the whole matrix and has full rank", _CONVERT),
         "C3A": ("its blocks are circulant, so it has full rank", _CONVERT),
         # names that PEFT does not know (any more), but files on the Hub bear
-        "BONE": ("PEFT has renamed it to MiSS and its tensors with it", "convert it with PEFT's scripts/convert-bone-to-miss.py"),
         "NOLA": ("the random matrices that it mixes are not saved", _CONVERT),
         "DORA": ("it rescales the whole weight, so its delta needs the base weights", _BASE),
         "SVFT": ("it is in the frame of the base's SVD, which is not saved", _BASE),

@@ -179,6 +179,8 @@ GROUNDED = (
     rotating("OFT", "a convolution", peft.OFTConfig, oft_block_size=4, target_modules=["image", "point"]),
     rotating("OFT", "an embedding", peft.OFTConfig, oft_block_size=4, target_modules=["words", "square"]),
     rotating("OFT", "a language model", peft.OFTConfig, llama, oft_block_size=8),
+    rotating("MiSS", "bat", peft.MissConfig, r=4, init_weights="bat"),
+    rotating("MiSS", "bat, a language model", peft.MissConfig, llama, r=8, init_weights="bat"),
     deft("ReLU"),
     deft("QR, alpha", decomposition_method="qr", alpha=5, r=4),
     deft("more than the outputs", r=14, target_modules=["down", "square"]),

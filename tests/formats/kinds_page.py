@@ -35,6 +35,8 @@ REMARKS = f"""\
   into a convolution.
 - **Shapes that a file does not say.** VeRA, PVeRA, MiSS and RandLoRA do not save how wide a layer is. They merge with any
   adapter of the same layers that says so; one of weight 0 will do.
+- **Bone** is what MiSS was called before PEFT 0.19. Its files are read as MiSS, which is proven with three that PEFT 0.17.1
+  wrote (`tests/formats/bone/`).
 - **Bounds.** Where a kind's factors are larger than its file, those of one module hold at most {MAX_FACTOR_ENTRIES} numbers
   ({MIB} MiB of float32), which is checked before any tensor is read; forming them takes at most twice that in memory. A rank
   above the smaller side of a layer is cut to it without loss.
@@ -47,8 +49,8 @@ GROUNDED_REMARKS = """\
 The delta of these depends on the base model's weights, so a merge needs `base_model`, of which it reads the weights of the
 adapted layers alone. A delta of full rank is cut (`base_rank`), and the certificate says by how much; the others are exact.
 """
-# kind, as its case's label begins -> what is read, rank, paper
-IN_LORA = {
+# kind that needs the base in some variants alone, as it or its case's label begins -> what is read, rank, paper
+IN_PART = {
     "DoRA": (
         "m (W + s B A) / norm of each row - W, of linear, convolution and embedding layers",
         "min(d_out, d_in)",
@@ -56,6 +58,11 @@ IN_LORA = {
     ),
     "PiSSA": ("s B A less the leading rank-r part of W, saved without conversion", "2 r", "arXiv:2404.02948"),
     "OLoRA": ("s (B A - Q_r R_r), W = Q R, saved without conversion", "2 r", "arXiv:2406.01775"),
+    "MiSS": (
+        "the `bat` variant: the base weight in squares (r, r) times a block, and the block",
+        "min(d_out, d_in)",
+        "arXiv:2409.15371",
+    ),
 }
 
 
@@ -94,8 +101,8 @@ def _row(kind: Kind) -> list[str]:
 
 
 def _grounded_rows() -> Iterable[Sequence[str]]:
-    own = {case.kind: kinds.registry()[case.kind] for case in GROUNDED if case.kind != "LoRA"}
-    for name, said in {**IN_LORA, **{name: (kind.meaning, kind.rank, kind.paper) for name, kind in own.items()}}.items():
+    own = {case.kind: kinds.registry()[case.kind] for case in GROUNDED if case.kind not in {"LoRA", *IN_PART}}
+    for name, said in {**IN_PART, **{name: (kind.meaning, kind.rank, kind.paper) for name, kind in own.items()}}.items():
         labels = [c.label for c in GROUNDED if c.kind == name or (c.kind == "LoRA" and c.label.startswith(name))]
         yield name, said[0], f"`{said[1]}`", said[2], "; ".join(labels)
 

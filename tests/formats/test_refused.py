@@ -102,7 +102,6 @@ VARIANTS: dict[str, tuple[Callable[[], PeftConfig], str, Callable[[], nn.Module]
     ),
     "RandLoRA without bases": (lambda: peft.RandLoraConfig(target_modules=LINEAR, r=2, save_projection=False), "tensor A", zoo),
     "UniLoRA without indices": (lambda: peft.UniLoraConfig(target_modules=LINEAR, theta_d_length=9), "save_indices=True", zoo),
-    "MiSS bat": (lambda: peft.MissConfig(target_modules=["square"], r=4, init_weights="bat"), "'bat'", zoo),
     "LoHa core of a Conv1d": (
         lambda: peft.LoHaConfig(target_modules=["series"], r=2, use_effective_conv2d=True),
         "module series",
