@@ -85,8 +85,8 @@ def opened(base: Path, folder: Path) -> tuple[Any, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (gguf,) = base.glob("*.gguf")
     link = folder / "model.gguf"
-    if not link.exists():
-        link.symlink_to(gguf.absolute())
+    link.unlink(missing_ok=True)  # the base may have moved since
+    link.symlink_to(gguf.absolute())
     return load_base(folder, "causal_lm", torch.device("cpu"))
 
 
