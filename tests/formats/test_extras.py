@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from app.extras import check
+from app.recipe import Recipe, RecipeInput, RecipeTask
 from making import PREFIX, Made
 from merge_algos import formats
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats.extras import Extra
+from merge_algos.rank import RankRule
 from serving import Server
 from test_kinds import read
 from tiny import Case, forward, llama, quietly, zoo
@@ -196,6 +200,18 @@ def test_a_basis_has_no_place_for_them(server: Server, tmp_path: Path) -> None:
     adapters = [{"source": server.add(each)} for each in made]
     answer = server.http.post("/merge", json={"adapters": adapters, "method": "rmm", "extras": "average"})
     assert answer.status_code == 422 and "basis" in answer.json()["detail"]
+
+
+def test_a_method_that_learns_would_learn_without_them(tmp_path: Path) -> None:
+    made = read(CASES["module"].save(tmp_path))
+    spec = formats.describe(made.config, {name: tuple(tensor.shape) for name, tensor in made.tensors.items()})
+    blob = "sha256:" + "0" * 64
+    plain = Recipe(
+        "task_arithmetic", 1, {}, RankRule(), "auto", 0, "portable", False, (RecipeInput(blob, "a", 1.0),), extras="average"
+    )
+    check(plain, [spec])
+    with pytest.raises(UnsupportedAdapter, match="atlas learns how deltas are scaled"):
+        check(replace(plain, method="atlas", tasks=(RecipeTask("t", 1.0, (blob,), "text"),)), [spec])
 
 
 def test_no_other_format_has_a_place_for_them(server: Server, tmp_path: Path) -> None:
