@@ -131,8 +131,8 @@ def _name(extra: Extra, called: Mapping[str, str]) -> str:
     """Of a tensor of the result. called: adapted module -> its name in the result."""
     if extra.module in called and extra.sort in {"lora_bias", "magnitude"}:
         return f"{PREFIX}{called[extra.module]}{extra.tensor[extra.tensor.rindex('.lora_') :]}"
-    if extra.module in called and extra.sort == "bias":
-        return f"{PREFIX}{called[extra.module]}.base_layer.bias"
+    if extra.module in called and extra.sort in {"bias", "base"}:
+        return f"{PREFIX}{called[extra.module]}.base_layer.{'bias' if extra.sort == 'bias' else 'weight'}"
     return extra.place
 
 
@@ -179,6 +179,7 @@ def _unspoken(specs: Sequence[AdapterSpec]) -> UnsupportedAdapter:
     sort = next(extra.sort for spec in specs for extra in spec.extras)
     what = {
         "module": "a whole trained module is saved beside the deltas",
+        "base": "the weight beneath an adapted embedding is saved beside its delta",
         "bias": "a trained bias is an update outside B A",
         "tokens": "trained rows of an embedding are an update outside B A",
         "lora_bias": "a bias of lora_B is an update outside B A",
@@ -203,7 +204,10 @@ def _average(found: Sequence[tuple[int, Extra]], own: Sequence[float], weights: 
     """The weighted mean of whole values; of what is added to the base's outputs, the weighted sum."""
     _, first = found[0]
     for _, other in found:
-        if (other.sort, other.shape, other.indices) != (first.sort, first.shape, first.indices):
+        if other.sort != first.sort:
+            reason = "one adapter has saved this module whole, another a part of it"
+            raise UnsupportedAdapter(f"module {first.module[:200]}", reason, "save both in one way")
+        if (other.shape, other.indices) != (first.shape, first.indices):
             what = "rows" if other.indices != first.indices else "shapes"
             reason = f"two adapters have it in different {what} ({_said(first)} and {_said(other)}), which have no mean"
             raise UnsupportedAdapter(f"tensor {first.tensor[:200]}", reason, "take it from one of them: extras: {from: NAME}")
@@ -228,7 +232,7 @@ def _check_places(mixes: Sequence[Mix], layers: Mapping[str, Layer]) -> None:
         inside = next((name for name in layers if f"{name}.".startswith(f"{place}.")), None)
         if extra.sort == "module" and inside is not None:
             reason = "one adapter has saved this module whole, another has a delta of it"
-        elif extra.sort == "module" and place in tokens:
+        elif extra.sort in {"module", "base"} and place in tokens:
             reason = "one adapter has saved this module whole, another has trained rows of it"
         if reason is not None:
             raise UnsupportedAdapter(f"module {place[:200]}", reason, "save both in one way")

@@ -12,10 +12,11 @@ from merge_algos.formats import fields
 
 PREFIX = "base_model.model."
 # whole values, but for `lora_bias`, which is added to what the base gives
-Sort = Literal["module", "bias", "tokens", "lora_bias", "magnitude"]
+Sort = Literal["module", "base", "bias", "tokens", "lora_bias", "magnitude"]
 
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head"})  # which PEFT saves whole where their vocabulary was resized
 _TOKENS, _LORA_BIAS, _BIAS = ".token_adapter.trainable_tokens_delta", ".lora_B.bias", ".bias"
+_WRAPPED = ".base_layer.weight"  # what an adapted embedding is added to, which PEFT saves beside its delta
 _REMEDY = "save the adapter whole, or without the flag"
 
 
@@ -61,6 +62,8 @@ def recognised(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
             found[tensor] = Extra(tensor, "module", owner, shape)
         elif path.endswith(_BIAS) and has_bias and ".lora_" not in path:
             found[tensor] = Extra(tensor, "bias", path.removesuffix(_BIAS).removesuffix(".base_layer"), shape)
+        elif path.endswith(_WRAPPED):
+            found[tensor] = Extra(tensor, "base", path.removesuffix(_WRAPPED), shape)
         elif path.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS and path.endswith(".weight"):
             found[tensor] = Extra(tensor, "module", path.removesuffix(".weight"), shape)
     _check_announced(config, found.values())
@@ -86,6 +89,16 @@ def config_of(extras: Iterable[Extra], configs: Iterable[Mapping[str, Any]]) -> 
 def scaled(extras: Iterable[Extra], scalings: Mapping[str, float]) -> tuple[Extra, ...]:
     """The extras with the scalings of their modules. Raises UnsupportedAdapter for a bias of lora_B without its lora_B."""
     return tuple(_scaled(extra, scalings) if extra.sort == "lora_bias" else extra for extra in extras)
+
+
+def check_wrapped(extras: Iterable[Extra], grounded: Mapping[str, bool]) -> None:
+    """Raises UnsupportedAdapter for a saved base weight whose delta is missing or depends on it. grounded: of the modules."""
+    for extra in (extra for extra in extras if extra.sort == "base" and grounded.get(extra.module, True)):
+        depends = extra.module in grounded
+        reason = (
+            f"it is the weight beneath a delta, {'which depends on it' if depends else 'but the file has none of this module'}"
+        )
+        raise UnsupportedAdapter(f"tensor {extra.tensor[:200]}", reason, "save the adapter with save_embedding_layers=False")
 
 
 def _scaled(extra: Extra, scalings: Mapping[str, float]) -> Extra:

@@ -1,6 +1,7 @@
 """What adapters hold beside their deltas: refused, averaged or taken from one, as asked, and said in the certificate."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from making import PREFIX, Made
 from merge_algos import formats
 from merge_algos.errors import UnsupportedAdapter
 from merge_algos.formats.extras import Extra
+from merge_algos.lowrank import LowRankDelta
 from merge_algos.rank import RankRule
 from serving import Server
 from test_kinds import read
@@ -39,22 +41,35 @@ def case(label: str, model: Callable[[], nn.Module] = zoo, **config: Any) -> Cas
     return Case("LoRA", label, model, made)
 
 
+def resized(model: peft.PeftModel) -> None:
+    """As if the vocabulary had been, so that the weight beneath the delta is not the base model's."""
+    model.base_model.model.embed_tokens.base_layer.weight.data.mul_(0.5)
+
+
 CASES = {
     "module": case("a saved module", modules_to_save=["down"]),
     "embedding": case("a saved embedding", modules_to_save=["words"]),
     "head": case("the head of a classifier", classifier, task_type="SEQ_CLS"),
     "bias": case("biases of the wrapped layers", bias="lora_only"),
     "biases": case("all biases", bias="all", target_modules=["up", "square", "image"]),
+    "base": replace(
+        case("an adapted embedding", llama, target_modules=["embed_tokens", "q_proj"]), prepare=resized, saves_embeddings=True
+    ),
     "tokens": case("trained tokens", llama, trainable_token_indices=[1, 3]),
     "named tokens": case("trained tokens of a named layer", llama, trainable_token_indices={"embed_tokens": [1, 3]}),
     "lora_bias": case("a bias of lora_B", lora_bias=True, target_modules=["up", "square", "image"]),
     "lora_bias, rsLoRA": case("a bias of lora_B, rsLoRA", lora_bias=True, use_rslora=True),
 }
+FACTORS = r"lora_(embedding_)?(A|B(?!\.bias))"
 every = pytest.mark.parametrize("name", CASES)
 
 
 def described(made: Made) -> tuple[Extra, ...]:
     return formats.describe(made.config, {name: tuple(tensor.shape) for name, tensor in made.tensors.items()}).extras
+
+
+def delta_of(made: Made, module: str) -> LowRankDelta:
+    return formats.read(made.config, made.tensors).deltas[module]
 
 
 def output(case: Case, directory: Path) -> Tensor:
@@ -86,9 +101,7 @@ def test_every_extra_is_recognised_by_its_flag(name: str, tmp_path: Path) -> Non
     sort = {"embedding": "module", "head": "module", "biases": "bias", "named tokens": "tokens"}.get(name, name.partition(",")[0])
     found = described(made)
     assert {extra.sort for extra in found} == {sort}
-    assert {extra.tensor for extra in found} == {
-        tensor for tensor in made.tensors if "lora_A" not in tensor and "lora_B.w" not in tensor
-    }
+    assert {extra.tensor for extra in found} == {tensor for tensor in made.tensors if not re.search(FACTORS, tensor)}
 
 
 @every
@@ -118,6 +131,36 @@ def test_whole_values_are_averaged_by_weight(name: str, server: Server, tmp_path
         expected = (3 * made[0].tensors[extra.tensor].double() + made[1].tensors[extra.tensor].double()) / 4
         assert torch.allclose(merged.tensors[extra.tensor].double(), expected, rtol=1e-6, atol=0), extra.tensor
     assert [entry["factors"] for entry in report["extras"]["tensors"]] == [[0.75, 0.25]] * len(described(made[0]))
+
+
+def test_weights_beneath_deltas_are_averaged_and_the_deltas_added(server: Server, tmp_path: Path) -> None:
+    directories = [CASES["base"].save(tmp_path / str(seed), seed) for seed in (3, 4)]
+    first, second = map(read, directories)
+    name = f"{PREFIX}embed_tokens.base_layer.weight"
+    second = Made({**second.tensors, name: 3 * second.tensors[name]}, second.config)
+    merge(server, first, second, to=tmp_path / "out", weights=[0.5, 0.5], extras="average")
+    merged = CASES["base"].deltas(tmp_path / "out")["embed_tokens.weight"] + llama().double().embed_tokens.weight
+    deltas = [delta_of(made, "embed_tokens").to(torch.float64).to_dense().mT for made in (first, second)]
+    assert torch.allclose(merged, 2 * first.tensors[name].double() + sum(deltas) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("whole", "said"), [(False, "has none of this module"), (True, "depends on it")])
+def test_the_weight_beneath_a_delta_that_is_not_there_or_needs_it_is_refused(whole: bool, said: str, tmp_path: Path) -> None:
+    made = read(replace(CASES["base"], config=lambda: dora_of_an_embedding(whole)).save(tmp_path))
+    name = f"{PREFIX}embed_tokens.base_layer.weight"
+    tensors = made.tensors if whole else {n: t for n, t in made.tensors.items() if "lora_" not in n or "embed_tokens" not in n}
+    with pytest.raises(UnsupportedAdapter, match=f"{name}.*{said}"):
+        described(Made(tensors, made.config))
+
+
+def dora_of_an_embedding(use_dora: bool) -> PeftConfig:
+    return peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=3, use_dora=use_dora)
+
+
+def test_the_same_embedding_saved_whole_and_beneath_a_delta_has_no_mean(server: Server, tmp_path: Path) -> None:
+    whole = case("a saved embedding", llama, modules_to_save=["embed_tokens"])
+    made = [read(CASES["base"].save(tmp_path / "a")), read(whole.save(tmp_path / "b"))]
+    assert "module embed_tokens" in refusal(server, *made, extras="average")
 
 
 def test_biases_of_lora_B_are_added_with_their_scalings(server: Server, tmp_path: Path) -> None:

@@ -134,13 +134,6 @@ def test_a_grouped_convolution_is_refused_by_name(tmp_path: Path) -> None:
         described(made)
 
 
-def test_a_copy_of_the_base_models_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    made = saved(tmp_path, lambda: peft.LoraConfig(target_modules=["embed_tokens"]), llama)
-    copied = {**made.tensors, f"{PREFIX}embed_tokens.base_layer.weight": torch.ones(11, 16)}
-    with pytest.raises(UnsupportedAdapter, match=r"embed_tokens\.base_layer\.weight.*copy of the base"):
-        described(Made(copied, made.config))
-
-
 # --- no tensor is left over
 
 

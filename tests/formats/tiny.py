@@ -108,6 +108,7 @@ class Case:
     guided: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     twice: tuple[str, ...] = ()
+    saves_embeddings: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.label}"
@@ -120,7 +121,7 @@ class Case:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(std=STD, generator=generator)
-        quietly(lambda: model.save_pretrained(directory, save_embedding_layers=False))
+        quietly(lambda: model.save_pretrained(directory, save_embedding_layers=self.saves_embeddings))
         return directory
 
     def through_peft(self, directory: Path) -> Tensor:

@@ -88,7 +88,6 @@ class LoRA(Kind):
             "use_qalora": "QA-LoRA pools the input before A, so A is narrower than the layer",
             ".lora_diag": "KaSA cuts the base weights, so its delta needs them",
             ".lora_B.bias": "a bias on lora_B is an update outside B A",
-            ".base_layer.weight": "it is a copy of the base model's weights, which may have been resized or trained",
         }
     )
 

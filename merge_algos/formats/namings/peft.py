@@ -47,6 +47,7 @@ class Peft(Naming):
         settings = kind.settings(config, tuple(parts))
         modules = _modules(kind, parts, settings)
         found = extras.scaled(beside.values(), {module: scaling(own, own.r or 1) for module, own in settings.items()})
+        extras.check_wrapped(found, {module.name: module.needs_base for module in modules})
         # a UNet or transformer of an image model, which PEFT wraps alone, is the component of a pipeline to other namings
         component = component_alone(module.name for module in modules)
         start = f"{component}." if component else ""
