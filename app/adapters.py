@@ -1,10 +1,13 @@
 """Where bytes and deltas meet, the only such place: a stored adapter becomes deltas, merged deltas become a stored adapter."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ from storage.digest import Descriptor, Digest
 from storage.manifest import MEDIA_JSON, MEDIA_TENSORS, AdapterManifest, canonical_json
 from storage.tensor_writer import TensorSpec, layout, write
 from storage.tensors import TensorFile, open_tensors
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -160,8 +166,13 @@ def describe_shard(blobs: BlobStore, shard: Descriptor) -> tuple[Descriptor, tup
 
 
 def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[[str], Tensor]) -> Descriptor:
-    """Store a safetensors file whose tensors are asked for one at a time, so that memory stays flat."""
-    return blobs.put(write(layout(specs), lambda name: [_bytes(tensor(name))]), media_type=MEDIA_TENSORS)
+    """Store a safetensors file whose tensors are asked for one at a time, so that memory stays flat.
+
+    tensor: called by a thread of its own, for the next tensor while the last one is hashed and written.
+    """
+    plan = layout(specs)
+    with closing(_ahead(lambda info: _bytes(tensor(info.name)), plan.tensors)) as ready:
+        return blobs.put(write(plan, lambda _: [next(ready)]), media_type=MEDIA_TENSORS)
 
 
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
@@ -255,6 +266,17 @@ def _config(blobs: BlobStore, config: Descriptor) -> Mapping[str, Any]:
 def _factors(module: str, delta: LowRankDelta) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
     lora_A, lora_B = factor_names(module)
     return (lora_A, delta.A), (lora_B, delta.B)
+
+
+def _ahead(make: Callable[[K], V], keys: Iterable[K]) -> Generator[V, None, None]:
+    """`make` of every key, in order; the next one is made by a thread while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: deque[Future[V]] = deque()
+        for key in keys:
+            begun.append(pool.submit(make, key))
+            if len(begun) > 1:
+                yield begun.popleft().result()
+        yield from (future.result() for future in begun)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

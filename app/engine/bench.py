@@ -1,7 +1,7 @@
 """What a task runs with, and how it uses the CPU."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Workbench:
-    """What a task runs with: the services, a device, CPU threads, and how to open an adapter (a caller may keep them open)."""
+    """What a task runs with: the services, a device, CPU threads, and how to open an adapter (a caller may keep them open).
+
+    pool: those threads, shared by the tasks of this process: while one task writes, the modules of another are computed.
+    """
 
     services: Services
     device: str
     threads: int
+    pool: Executor
     open_adapter: Callable[[Digest], OpenAdapter]
     kept: dict[str, Any] = field(default_factory=dict)  # what is slow to load and needed again by the next task
 
@@ -34,9 +38,13 @@ class Workbench:
 
         Raises the first error, in order; what has not begun by then does not begin.
         """
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(one, name) for name in names]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                pool.shutdown(cancel_futures=True)
+        futures = [self.pool.submit(one, name) for name in names]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            wait(future for future in futures if not future.cancel())
+
+
+def threads_of(count: int) -> Executor:
+    """That many, of which each computes alone."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter
 
 from app import logs
 from app.adapters import OpenAdapter
-from app.engine.bench import Workbench
+from app.engine.bench import Workbench, threads_of
 from app.engine.messages import Task
 from app.engine.task import run_task
 from app.errors import problem
@@ -39,9 +40,11 @@ def main(device: str, threads: int) -> None:
     logs.configure(settings.log_level)
     torch.set_num_threads(1)  # every module has one thread, see task: more of them work on other modules
     bench = workbench(Services.open(settings), device, threads)
-    for line in _lines():
-        answers.write(json.dumps(_answer(line, bench)) + "\n")
-        answers.flush()
+    promised: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
+    threading.Thread(target=_reply, args=(promised, answers), daemon=True).start()
+    with ThreadPoolExecutor() as pool:  # as many at a time as were sent: while one writes what it computed, the next computes
+        for line in _lines():
+            promised.put(pool.submit(_answer, line, bench))
 
 
 def workbench(services: Services, device: str, threads: int) -> Workbench:
@@ -51,7 +54,7 @@ def workbench(services: Services, device: str, threads: int) -> Workbench:
     def open_adapter(digest: Digest) -> OpenAdapter:
         return OpenAdapter.open(services.blobs, digest)
 
-    return Workbench(services, device, threads, open_adapter)
+    return Workbench(services, device, threads, threads_of(threads), open_adapter)
 
 
 def _answer(line: str, bench: Workbench) -> dict[str, Any]:
@@ -66,6 +69,13 @@ def _answer(line: str, bench: Workbench) -> dict[str, Any]:
             exc_info=described["status"] == 500,
         )
         return {"problem": described}
+
+
+def _reply(promised: SimpleQueue[Future[dict[str, Any]]], answers: TextIO) -> None:
+    """Answers in the order of the tasks."""
+    while True:
+        answers.write(json.dumps(promised.get().result()) + "\n")
+        answers.flush()
 
 
 def _lines() -> Iterator[str]:

@@ -1,18 +1,20 @@
 """The default executor: one child process per device, each killed without regret, since a finished task is a blob."""
 
+import contextlib
 import json
 import logging
 import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import IO, Any
 
 from app.engine.executor import Stopped, T, TaskFailed
+from app.engine.messages import Task
 from app.errors import WorkerLost, problem
 from app.settings import Settings
 from storage.digest import Descriptor
@@ -20,6 +22,7 @@ from storage.digest import Descriptor
 log = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3  # of one task in a row; more is the task's own doing
+_AHEAD = 2  # tasks that a child has at a time: while one writes what it computed, the next computes
 _STOP_POLL_S = 0.2
 # glibc: threads that merge side by side use one heap, and what they free goes back; heaps of their own keep 200 MiB more
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
@@ -27,7 +30,7 @@ _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), 
 
 @dataclass(eq=False)
 class Child:
-    """A process that runs one task at a time on one device, started when first needed and again after it was killed."""
+    """A process that runs tasks on one device, started when first needed and again after it was killed."""
 
     device: str
     threads: int
@@ -38,8 +41,14 @@ class Child:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-m", "app.engine.child", self.device, str(self.threads)]
             # a session of its own: Ctrl-C in a terminal is for the worker to hear, the child ends with its pipe
+            # unbuffered: of two answers the second must not hide in a buffer, where nobody waits for it
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment, start_new_session=True
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self.environment,
+                start_new_session=True,
             )
         return self.process
 
@@ -49,33 +58,64 @@ class Child:
             self.process.communicate()
             self.process = None
 
-    def ask(self, line: bytes, *, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """The answer to one task, or None if the child died over it. Raises Stopped, after killing it, when `stop` says so."""
+    def answers(self, tasks: Sequence[Task], *, stop: Callable[[], bool]) -> Generator[dict[str, Any], None, None]:
+        """The answers to these tasks, in order, whatever the child dies of in between.
+
+        After a death tasks go one at a time: two of them may have been too much, and only so is it known whose doing the
+        next is. Raises Stopped when `stop` says so, TaskFailed if a task is the child's death again and again.
+        """
+        sent = done = deaths = 0
+        ahead = _AHEAD
         try:
-            answer = _exchange(self.start(), line + b"\n", stop)
-        except BaseException:
-            self.kill()  # whatever ended the wait: the answer still to come must not be taken for the next task's
-            raise
-        if not answer.endswith(b"\n"):
-            self.kill()
-            return None
-        parsed: dict[str, Any] = json.loads(answer)
-        return parsed
+            while done < len(tasks):
+                if stop():
+                    raise Stopped
+                if sent == done:  # nothing is owed, so it may be another process
+                    process = self.start()
+                while sent < min(done + ahead, len(tasks)):
+                    sent += 1  # before it is sent: half a line is owed, too
+                    _send(process, _line(tasks[sent - 1]), stop)
+                answer = _receive(process, stop)
+                if answer is None:
+                    self.kill()
+                    deaths, sent, ahead = deaths + 1, done, 1
+                    log.warning("the child on %s died (%d of %d)", self.device, deaths, _MAX_DEATHS)
+                    if deaths == _MAX_DEATHS:
+                        raise TaskFailed(problem(WorkerLost(_MAX_DEATHS)))
+                else:
+                    done, deaths = done + 1, 0
+                    yield answer
+        finally:
+            if sent > done:  # whatever ended the wait: an answer still to come must not be taken for the next task's
+                self.kill()
 
 
-def _exchange(process: subprocess.Popen[bytes], line: bytes, stop: Callable[[], bool]) -> bytes:
-    """One line there, one line back; what comes back ends without a newline if the process died. Raises Stopped."""
-    assert process.stdin is not None and process.stdout is not None
+def _line(task: Task) -> bytes:
+    from app.engine.child import TASKS
+
+    return TASKS.dump_json(task) + b"\n"
+
+
+def _send(process: subprocess.Popen[bytes], line: bytes, stop: Callable[[], bool]) -> None:
+    """A process that is not there to take it is noticed by `_receive`. Raises Stopped."""
+    assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)  # a process that still imports reads nothing, and may have to be stopped
-    try:
-        rest = memoryview(line)
+    rest = memoryview(line)
+    with contextlib.suppress(BrokenPipeError):
         while rest:
             _await(process.stdin, selectors.EVENT_WRITE, stop)
             rest = rest[os.write(process.stdin.fileno(), rest) :]
-        _await(process.stdout, selectors.EVENT_READ, stop)
-        return process.stdout.readline()
-    except BrokenPipeError:
-        return b""
+
+
+def _receive(process: subprocess.Popen[bytes], stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """The next answer, or None if the process died before all of it was there. Raises Stopped."""
+    assert process.stdout is not None
+    _await(process.stdout, selectors.EVENT_READ, stop)
+    answer = process.stdout.readline()
+    if not answer.endswith(b"\n"):
+        return None
+    parsed: dict[str, Any] = json.loads(answer)
+    return parsed
 
 
 def _await(pipe: IO[bytes], event: int, stop: Callable[[], bool]) -> None:
@@ -88,28 +128,16 @@ def _await(pipe: IO[bytes], event: int, stop: Callable[[], bool]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalExecutor:
-    """Tasks one after the other in a child of its own."""
+    """Tasks in order in a child of its own."""
 
     child: Child
 
     def run(self, tasks: Sequence[T], *, stop: Callable[[], bool]) -> Iterator[tuple[T, Descriptor]]:
-        from app.engine.child import TASKS
-
-        for task in tasks:
-            if stop():
-                raise Stopped
-            yield task, self._run_one(TASKS.dump_json(task), stop)
-
-    def _run_one(self, line: bytes, stop: Callable[[], bool]) -> Descriptor:
-        for death in range(1, _MAX_DEATHS + 1):
-            answer = self.child.ask(line, stop=stop)
-            if answer is None:
-                log.warning("the child on %s died (%d of %d)", self.child.device, death, _MAX_DEATHS)
-            elif "problem" in answer:
-                raise TaskFailed(answer["problem"])
-            else:
-                return Descriptor.from_json(answer["done"])
-        raise TaskFailed(problem(WorkerLost(_MAX_DEATHS)))
+        with contextlib.closing(self.child.answers(tasks, stop=stop)) as answers:
+            for task, answer in zip(tasks, answers, strict=True):
+                if "problem" in answer:
+                    raise TaskFailed(answer["problem"])
+                yield task, Descriptor.from_json(answer["done"])
 
 
 @dataclass(frozen=True, slots=True)

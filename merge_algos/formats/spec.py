@@ -118,5 +118,5 @@ class AdapterSpec:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises NonFiniteTensor. The sum is finite only if every entry is, and costs no mask; overflow falls back to the mask."""
-    if not bool(tensor.float().sum().isfinite()) and not bool(tensor.isfinite().all()):
+    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
         raise NonFiniteTensor(name)

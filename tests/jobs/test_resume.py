@@ -1,15 +1,16 @@
 """What a merge takes over from an earlier run of its recipe, and what it must not."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from app import ingest
-from app.engine.child import TASKS, workbench
+from app.engine.child import workbench
 from app.engine.direct import DirectExecutor
-from app.engine.executor import Stopped
-from app.engine.local import open_pool
+from app.engine.executor import Stopped, TaskFailed
+from app.engine.local import LocalExecutor, open_pool
 from app.engine.messages import FetchTask
 from app.engine.workflow import Run, run_all
 from app.recipe import Recipe
@@ -86,26 +87,71 @@ def test_a_shard_whose_blob_is_damaged_is_run_again(tmp_path: Path, content: byt
     assert run(services, recipe) == undisturbed(tmp_path / "other")
 
 
-def test_a_child_that_was_left_in_mid_task_does_not_answer_the_next_one(tmp_path: Path) -> None:
-    """Else a job would take another's shard for its own."""
-    services = opened(tmp_path, ALL)
-    one, two = (item.source for item in recipe_in(services).adapters)
-    with open_pool(services.settings, ["cpu"]).lease() as executor:
+# the child, which has two tasks at a time
 
-        def broken() -> bool:
-            raise OSError("the database cannot be read")
 
-        with pytest.raises(OSError, match="cannot be read"):  # asked while the child still imports
-            executor.child.ask(TASKS.dump_json(FetchTask(one)), stop=broken)
-        ((_, fetched),) = executor.run([FetchTask(two)], stop=lambda: False)
+@pytest.fixture
+def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
+    with open_pool(opened(tmp_path, ALL).settings, ["cpu"]).lease() as executor:
+        yield executor
         executor.child.kill()
-    assert str(fetched.digest) == two
 
 
-def test_a_child_that_does_not_read_can_be_stopped(tmp_path: Path) -> None:
+@pytest.fixture
+def fetches(tmp_path: Path) -> list[FetchTask]:
+    """Of adapters that are here, so that each is answered with its own digest."""
+    return [FetchTask(item.source) for item in recipe_in(opened(tmp_path, ALL)).adapters]
+
+
+def answered(executor: LocalExecutor, tasks: Sequence[FetchTask]) -> list[str]:
+    return [str(found.digest) for _, found in executor.run(tasks, stop=lambda: False)]
+
+
+def after(polls: int, then: Callable[[], bool]) -> Callable[[], bool]:
+    """What is asked so many times for nothing."""
+    asked = itertools.count()
+    return lambda: next(asked) >= polls and then()
+
+
+def test_a_child_that_was_left_in_mid_task_does_not_answer_the_next_one(
+    executor: LocalExecutor, fetches: list[FetchTask]
+) -> None:
+    """Else a job would take another's shard for its own."""
+
+    def broken() -> bool:
+        raise OSError("the database cannot be read")
+
+    with pytest.raises(OSError, match="cannot be read"):  # asked while the child still imports
+        list(executor.run(fetches, stop=after(1, broken)))
+    assert answered(executor, fetches[1:]) == [fetches[1].source]
+
+
+def test_what_was_under_way_when_a_job_was_left_is_not_the_next_jobs(executor: LocalExecutor, fetches: list[FetchTask]) -> None:
+    left = executor.run(fetches, stop=lambda: False)
+    next(left)
+    left.close()
+    assert answered(executor, fetches) == [task.source for task in fetches]
+
+
+def test_what_was_under_way_behind_a_problem_is_not_the_next_jobs(executor: LocalExecutor, fetches: list[FetchTask]) -> None:
+    with pytest.raises(TaskFailed, match="nonsense"):
+        list(executor.run([FetchTask("sha256:nonsense"), *fetches], stop=lambda: False))
+    assert answered(executor, fetches) == [task.source for task in fetches]
+
+
+def test_answers_come_in_the_order_of_tasks_whatever_the_child_dies_of(executor: LocalExecutor, fetches: list[FetchTask]) -> None:
+    many = fetches * 6
+    found = []
+    for n, (_, descriptor) in enumerate(executor.run(many, stop=lambda: False)):
+        found.append(str(descriptor.digest))
+        if n in (2, 7):
+            assert executor.child.process is not None
+            executor.child.process.kill()
+    assert found == [task.source for task in many]
+
+
+def test_a_child_that_does_not_read_can_be_stopped(executor: LocalExecutor) -> None:
     """It imports for seconds, and a task may be larger than its pipe."""
-    services = opened(tmp_path, ALL)
-    with open_pool(services.settings, ["cpu"]).lease() as executor:
-        with pytest.raises(Stopped):
-            executor.child.ask(b"x" * 2**20, stop=lambda: True)
-        assert executor.child.process is None
+    with pytest.raises(Stopped):
+        list(executor.run([FetchTask("x" * 2**20)], stop=after(1, lambda: True)))
+    assert executor.child.process is None
