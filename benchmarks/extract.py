@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from spine import peak_kib
 
 from merge_algos.lowrank import LowRankDelta
 
@@ -137,11 +139,16 @@ def commands(base: Path, tuned: Path, rank: int, mergekit: Path | None, folder: 
 def run(command: Sequence[str]) -> tuple[float, float, float]:
     """Wall seconds, CPU seconds and highest RSS in MiB of a process that must end well."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process, peak = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL), 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        with suppress(IndexError):  # it ends in this moment
+            peak = max(peak, peak_kib(process.pid))  # ru_maxrss would begin at what this process had when it forked
+        time.sleep(0.02)
+    wall_s = time.perf_counter() - started
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return wall_s, usage.ru_utime + usage.ru_stime, peak / 1024
 
 
 def dense(base: Path, tuned: Path, out: Path, rank: int) -> None:
