@@ -195,6 +195,16 @@ GROUNDED = (
     glora("one number", config_A_B="constant"),
     glora("layers with biases, which stay", zoo, target_modules=LINEAR, config_C="none", config_D_E="none"),
     rotating("BOFT", "one factor", peft.BOFTConfig, boft_block_size=4),
+    rotating("BOFT", "two factors", peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2),
+    rotating("BOFT", "four factors", peft.BOFTConfig, llama, boft_block_size=2, boft_n_butterfly_factor=4),
+    rotating(
+        "BOFT",
+        "a convolution, two factors",
+        peft.BOFTConfig,
+        boft_block_size=2,
+        boft_n_butterfly_factor=2,
+        target_modules=["image"],
+    ),
     rotating("BOFT", "a convolution", peft.BOFTConfig, boft_block_num=2, boft_block_size=0, target_modules=["image", "point"]),
     rotating("BOFT", "a language model", peft.BOFTConfig, llama, boft_block_size=8),
 )

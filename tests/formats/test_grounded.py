@@ -131,9 +131,16 @@ def test_a_magnitude_under_two_names_is_refused(tmp_path: Path) -> None:
         described(Made({**made.tensors, f"{PREFIX}up.lora_magnitude_vector.weight": torch.ones(20)}, made.config))
 
 
-def test_a_butterfly_of_several_factors_is_refused() -> None:
-    tensors = {"base_model.model.up.boft_R": torch.ones(2, 3, 4, 4), "base_model.model.up.boft_s": torch.ones(20, 1)}
-    with pytest.raises(UnsupportedAdapter, match="2 butterfly factors"):
+def test_peft_trains_as_many_butterflies_as_were_asked_for(tmp_path: Path) -> None:
+    """Else the cases above would prove one factor several times."""
+    (case,) = (case for case in GROUNDED if str(case) == "BOFT: four factors")
+    assert {len(R) for name, R in read(case.save(tmp_path)).tensors.items() if name.endswith("boft_R")} == {4}
+
+
+@pytest.mark.parametrize(("factors", "blocks", "side"), [(2, 3, 4), (2, 4, 3), (3, 6, 2)])
+def test_butterflies_that_do_not_fit_are_refused(factors: int, blocks: int, side: int) -> None:
+    tensors = {f"{PREFIX}up.boft_R": torch.ones(factors, blocks, side, side), f"{PREFIX}up.boft_s": torch.ones(20, 1)}
+    with pytest.raises(UnsupportedAdapter, match=rf"up\.boft_R.*no {factors} butterfly factors"):
         described(Made(tensors, {"peft_type": "BOFT"}))
 
 

@@ -15,10 +15,10 @@ from merge_algos.formats.spec import FLAT, ModuleSpec
 
 
 class BOFT(Kind):
-    """`s (W R^T) - W`, R block-diagonal with Cayley blocks; R: (1, blocks, b, b), s: (d_out, 1), of a convolution (1, d_out).
+    """`s (W R_1^T .. R_m^T) - W`, R_i block-diagonal with Cayley blocks between a permutation and its inverse.
 
-    Liu et al. 2023, arXiv:2311.06243. Of more than one butterfly factor the blocks are permuted in between, by an extension that
-    only runs on CUDA: refused.
+    Liu et al. 2023, arXiv:2311.06243. R: (m, blocks, b, b), s: (d_out, 1), of a convolution (1, d_out). The i-th permutation puts
+    the even half-blocks of every 2^i blocks before the odd ones, so that a factor mixes what the one before kept apart.
     """
 
     name = "BOFT"
@@ -37,15 +37,23 @@ class BOFT(Kind):
         (factors, blocks, side, across), of_s = dimensions(parts, "R", 4), dimensions(parts, "s", 2)
         d_out = max(of_s)
         check_equal(parts, (side, d_out), (across, math.prod(of_s)))
-        if factors > 1:
-            reason = f"its rotation has {factors} butterfly factors, whose permutations only PEFT's CUDA extension knows"
-            raise UnsupportedAdapter(
-                f"module {parts.module[:200]}", reason, "merge it into its base and take a LoRA out of the difference"
-            )
+        if factors > 1 and (side % 2 or blocks % 2 ** (factors - 1)):
+            reason = f"{blocks} blocks of {side} have no {factors} butterfly factors"
+            raise UnsupportedAdapter(f"tensor {parts.names['R'][:200]}", reason, "check how the adapter was saved")
         shape = d_out, blocks * side
         return (ModuleSpec(parts.module, shape, min(shape), self.name, parts.names, layer=FLAT, needs_base=True),)
 
     def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor:
-        R, s, W = tensors["R"][0].double(), tensors["s"].double().reshape(-1, 1), W.double()
-        moved = cayley((R - R.mT) / 2) - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-        return (s * rotated(W, moved) + (s - 1) * W).float()
+        R, s, W = tensors["R"].double(), tensors["s"].double().reshape(-1, 1), W.double()
+        added = torch.zeros_like(W)
+        for factor, own in enumerate(R):
+            moved = cayley((own - own.mT) / 2) - torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+            order = _permuted(len(own), own.shape[-1], factor).to(W.device)
+            added = added + rotated((W + added)[:, order.argsort()], moved)[:, order]
+        return (s * added + (s - 1) * W).float()
+
+
+def _permuted(blocks: int, side: int, factor: int) -> Tensor:
+    """(blocks * side,): of every input where it comes from."""
+    order = torch.arange(blocks * side)
+    return order.reshape(blocks >> factor, -1, 2, side // 2).transpose(1, 2).flatten() if factor else order
