@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+# Every process here imports torch, and the suite starts hundreds: compiled files, left out below, come with the first import.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint bench clean

@@ -164,7 +164,7 @@ def test_a_file_that_does_not_say_its_shapes_needs_one_that_does(kind: str, serv
     assert "module" in answer.json()["detail"] and "weight 0" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize(("kind", "constants"), [("VeRA", {"d_out": 6, "widest": 20}), ("MiSS", {"width": 6, "mini": False})])
+@pytest.mark.parametrize(("kind", "constants"), [("VeRA", {"d_out": 6, "widest": 20}), ("MiSS", {"width": 6, "variant": True})])
 def test_a_shape_that_its_file_contradicts_is_refused(kind: str, constants: dict[str, Any]) -> None:
     with pytest.raises(ShapeMismatch, match="image"):
         agreed_shapes([spec(LINEAR_LAYER, (7, 12)), spec(LINEAR_LAYER, None, kind, **constants)])
