@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def settings_of(kind: Kind) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @every_kind
+@settings(max_examples=40)  # for each kind, and there are many
 @given(data=st.data())
 def test_any_header_is_described_or_refused(kind: Kind, data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.sampled_from(names(kind)), unique=True) | st.just(names(kind)))
@@ -60,6 +61,7 @@ def real(kind: str) -> tuple[Made, Mapping[str, tuple[int, int]]]:
 
 
 @every_kind
+@settings(max_examples=40)  # for each kind, and there are many
 @given(data=st.data())
 def test_a_real_file_of_which_something_is_changed_is_read_or_refused(kind: Kind, data: st.DataObject) -> None:
     made, known = real(kind.name)

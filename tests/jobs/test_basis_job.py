@@ -199,7 +199,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize(("victim", "stage"), [("child", "merge"), ("worker", "merge"), ("worker", "survey")])
+@pytest.mark.parametrize(("victim", "stage"), [("child", "merge"), ("worker", "survey")])
 def test_a_basis_whose_process_is_killed_has_the_same_bytes(service: Server, tmp_path: Path, victim: str, stage: str) -> None:
     inputs = [make(n, r=2, shapes=LARGE) for n in (21, 22)]
     budget = {"child": 0.4, "worker": 0.5}[victim] + (0.05 if stage == "survey" else 0.0)

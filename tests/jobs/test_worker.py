@@ -4,14 +4,17 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from app.engine.queue import workflow_id
 from app.services import Services
 from app.settings import Settings
 from making import make
@@ -96,17 +99,6 @@ def test_a_poisoned_job_costs_few_children(poisoned: tuple[Server, Digest, int])
 def test_the_job_after_a_poisoned_one_runs(poisoned: tuple[Server, Digest, int]) -> None:
     server, _, _ = poisoned
     assert server.merge(*two(server), weights=[5, 5])["state"] == "succeeded"
-
-
-def test_a_job_that_killed_every_worker_fails_as_worker_lost(tmp_path: Path) -> None:
-    """The deaths are written into DBOS's count, since each of them takes seconds."""
-    with serving(tmp_path, "--no-worker") as server:
-        job = post(server, two(server), 1.0)
-    with sqlite3.connect(Layout(tmp_path).jobs) as database:
-        database.execute("UPDATE workflow_status SET recovery_attempts = 50")
-    with serving(tmp_path) as server:
-        ended = server.ended(str(job))
-    assert (ended["state"], ended["error"]["type"]) == ("failed", "urn:braid:problem:worker-lost")
 
 
 def test_a_problem_survives_a_crash_before_it_was_told(tmp_path: Path) -> None:
@@ -203,7 +195,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize("_time", range(5))
+@pytest.mark.parametrize("_time", range(2))
 def test_api_and_worker_may_start_at_once_on_an_empty_directory(tmp_path: Path, _time: int) -> None:
     log = tmp_path / "worker.log"
     other = start("worker", data_dir=tmp_path, log=log)
@@ -250,37 +242,64 @@ def test_workers_of_different_names_share_the_queue(apart: Server, tmp_path: Pat
     assert (ends, sum(started), min(started) > 0) == ([1] * 12, 12, True)
 
 
-def test_a_queued_job_survives_a_restart(tmp_path: Path) -> None:
-    with serving(tmp_path, "--no-worker") as server:
-        job = post(server, two(server), 1.0)
+# what was queued when the API was killed
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A service on the data of an API that was killed, and the job that was queued there under each name."""
+
+    server: Server
+    inputs: Sequence[str]
+    jobs: Mapping[str, Digest]
+
+    def ended(self, name: str) -> dict[str, Any]:
+        return self.server.ended(str(self.jobs[name]))
+
+
+WEIGHTS = {"untouched": 1.0, "without its workflow": 2.0, "ended by its workflow alone": 3.0, "the death of every worker": 4.0}
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restarted]:
+    """A power cut may take the last commits of one database alone. Deaths are written down, since each of them takes seconds."""
+    data_dir = tmp_path_factory.mktemp("restarted")
+    with serving(data_dir, "--no-worker") as server:
+        inputs = two(server)
+        jobs = {name: post(server, inputs, weight) for name, weight in WEIGHTS.items()}
+        change_workflow(data_dir, "DELETE FROM workflow_status", jobs["without its workflow"])
+        assert post(server, inputs, WEIGHTS["without its workflow"]) == jobs["without its workflow"]
         server.process.kill()
-    with serving(tmp_path) as server:
-        assert server.ended(str(job))["state"] == "succeeded"
+    change_workflow(data_dir, "UPDATE workflow_status SET status = 'SUCCESS'", jobs["ended by its workflow alone"])
+    change_workflow(data_dir, "UPDATE workflow_status SET recovery_attempts = 50", jobs["the death of every worker"])
+    with serving(data_dir) as server:
+        yield Restarted(server, inputs, jobs)
 
 
-def test_a_queued_job_whose_workflow_is_missing_runs_when_asked_for_again(tmp_path: Path) -> None:
-    """A power cut may take the last commits of one database and not of the other."""
-    with serving(tmp_path, "--no-worker") as server:
-        inputs = two(server)
-        job = post(server, inputs, 1.0)
-        with sqlite3.connect(Layout(tmp_path).jobs) as database:
-            database.execute("DELETE FROM workflow_status")
-        assert post(server, inputs, 1.0) == job
-    with serving(tmp_path) as server:
-        assert server.ended(str(job))["state"] == "succeeded"
+def change_workflow(data_dir: Path, statement: str, job: Digest) -> None:
+    with sqlite3.connect(Layout(data_dir).jobs) as database:
+        changed = database.execute(f"{statement} WHERE workflow_uuid = ?", (workflow_id(str(job), 1),)).rowcount
+    assert changed == 1
 
 
-def test_a_job_whose_workflow_has_ended_without_it_can_be_asked_for_again(tmp_path: Path) -> None:
-    """A power cut may take the last commits of one database and not of the other."""
-    with serving(tmp_path, "--no-worker") as server:
-        inputs = two(server)
-        job = post(server, inputs, 1.0)
-    with sqlite3.connect(Layout(tmp_path).jobs) as database:
-        database.execute("UPDATE workflow_status SET status = 'SUCCESS'")
-    with serving(tmp_path) as server:
-        assert server.ended(str(job))["state"] == "failed"
-        assert post(server, inputs, 1.0) == job
-        assert server.ended(str(job))["state"] == "succeeded"
+def test_a_queued_job_survives_a_restart(restarted: Restarted) -> None:
+    assert restarted.ended("untouched")["state"] == "succeeded"
+
+
+def test_a_queued_job_whose_workflow_is_missing_runs_when_asked_for_again(restarted: Restarted) -> None:
+    assert restarted.ended("without its workflow")["state"] == "succeeded"
+
+
+def test_a_job_whose_workflow_has_ended_without_it_can_be_asked_for_again(restarted: Restarted) -> None:
+    name = "ended by its workflow alone"
+    assert restarted.ended(name)["state"] == "failed"
+    assert post(restarted.server, restarted.inputs, WEIGHTS[name]) == restarted.jobs[name]
+    assert restarted.ended(name)["state"] == "succeeded"
+
+
+def test_a_job_that_killed_every_worker_fails_as_worker_lost(restarted: Restarted) -> None:
+    ended = restarted.ended("the death of every worker")
+    assert (ended["state"], ended["error"]["type"]) == ("failed", "urn:braid:problem:worker-lost")
 
 
 def test_many_askers_at_once_get_one_job(apart: Server) -> None:
