@@ -9,7 +9,7 @@ publishes by digest. A problem is an ordinary outcome: it is recorded as the job
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import compress
 from typing import Any, TypeVar, cast
@@ -44,6 +44,7 @@ class Run:
     """One attempt at one job. `report(stage, done, total)` is told about progress; `stop()` says whether to give up.
 
     origins: the adapters of the recipe, where the inputs of later stages are or may be what was grounded from them.
+    known: what `spec` has read.
     """
 
     services: Services
@@ -52,6 +53,13 @@ class Run:
     report: Callable[[str, int, int], None]
     stop: Callable[[], bool]
     origins: tuple[Digest, ...] = ()
+    known: dict[Digest, AdapterSpec] = field(default_factory=dict)
+
+    def spec(self, adapter: Digest) -> AdapterSpec:
+        """Of a stored adapter. Several stages ask, and the header of a large one takes a while to parse."""
+        if adapter not in self.known:
+            self.known[adapter] = OpenAdapter.open(self.services.blobs, adapter).spec
+        return self.known[adapter]
 
 
 def fetch(run: Run) -> tuple[Digest, ...]:
@@ -75,7 +83,7 @@ def ground(run: Run, fetched: Sequence[Digest]) -> tuple[Digest, ...]:
     """
     if run.recipe.models is not None:
         return tuple(fetched)
-    specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in fetched]
+    specs = [run.spec(digest) for digest in fetched]
     extras.check(run.recipe, extras.merged_specs(run.recipe, specs))
     if run.recipe.base_model is None:
         return tuple(fetched)  # the plan refuses what would need one
@@ -163,7 +171,7 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
     method = _method(run)
     if method.produces == "basis" and cast(BasisMethod, method).verbatim:
         return ()
-    planned = plan_for(run.services, run.recipe, inputs, known)
+    planned = _plan(run, inputs, known)
     _check_extras(run, inputs, planned)
     finished = _finished(run, planned)
     done = sum(len(planned.shards[number]) for number in finished)
@@ -183,7 +191,7 @@ def merge(run: Run, inputs: Sequence[Digest], known: Any = None) -> tuple[Descri
 def _check_extras(run: Run, inputs: Sequence[Digest], planned: Plan) -> None:
     """Raises UnsupportedAdapter, before anything is merged, for extras that cannot be mixed as the recipe says."""
     if run.recipe.models is None and not is_grounding(run.recipe):
-        specs = [OpenAdapter.open(run.services.blobs, digest).spec for digest in run.origins or inputs]
+        specs = [run.spec(digest) for digest in run.origins or inputs]
         extras.combined(run.recipe, extras.merged_specs(run.recipe, specs), planned.weights)
 
 
@@ -195,7 +203,7 @@ def assemble(
     known: Any = None,
 ) -> Digest:
     """The manifest of the adapter, or of the basis."""
-    planned = plan_for(run.services, run.recipe, inputs, known)
+    planned = _plan(run, inputs, known)
     run.report("assemble", 0, 1)
     kind: Any = JoinTask if _method(run).produces == "basis" else AssembleTask
     task = kind(run.recipe.to_json(), tuple(inputs), planned.base_model, tuple(shards), origins=run.origins)
@@ -247,21 +255,25 @@ def _restricted(services: Services, recipe: Recipe, record: ingest.Restricted) -
     return tuple(dict.fromkeys((*record.restricted, *data, *base)))
 
 
-def plan_for(services: Services, recipe: Recipe, inputs: Sequence[Digest], known: Any = None) -> Plan:
+def _plan(run: Run, inputs: Sequence[Digest], known: Any = None) -> Plan:
     """The plan for inputs that are in the store, read from their headers. Raises what makes the merge impossible.
 
     known: of an extraction what its survey has settled, without which the plan is that of the survey.
     """
+    services, recipe = run.services, run.recipe
     if recipe.models is not None:
-        with open_pair(services, recipe, inputs) as pair:
-            return plan_extraction(recipe, pair, known, shard_bytes=services.settings.shard_bytes)
+        return plan_models(services, recipe, inputs, known)
     if is_grounding(recipe):
         adapter, base = inputs
-        spec = OpenAdapter.open(services.blobs, adapter).spec
-        with open_weights(services, base, spec) as weights:
-            return plan_grounding(recipe, completed(spec, weights), shard_bytes=services.settings.shard_bytes)
-    specs = [OpenAdapter.open(services.blobs, digest).spec for digest in inputs]
-    return _plan_merge(services, recipe, extras.merged_specs(recipe, specs))
+        with open_weights(services, base, run.spec(adapter)) as weights:
+            return plan_grounding(recipe, completed(run.spec(adapter), weights), shard_bytes=services.settings.shard_bytes)
+    return _plan_merge(services, recipe, extras.merged_specs(recipe, [run.spec(digest) for digest in inputs]))
+
+
+def plan_models(services: Services, recipe: Recipe, models: Sequence[Digest], known: Any = None) -> Plan:
+    """Of an extraction; known as of `_plan`."""
+    with open_pair(services, recipe, models) as pair:
+        return plan_extraction(recipe, pair, known, shard_bytes=services.settings.shard_bytes)
 
 
 def preview(services: Services, recipe: Recipe, fetched: Sequence[Digest]) -> None:
@@ -316,7 +328,7 @@ def _method(run: Run) -> MergeMethod | BasisMethod | Extract | Ground:
 
 
 def _round(run: Run, inputs: Sequence[Digest], method: Method, known: Any) -> Any:
-    planned = plan_for(run.services, run.recipe, inputs)
+    planned = _plan(run, inputs)
     tasks = [_task(SurveyTask, run, inputs, planned, n, known) for n in range(len(planned.shards))]
     return method.settle(reduce(method.pool, _findings(run, tasks, len(planned.modules))), known)
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from app import base_models
-from app.engine.workflow import plan_for
+from app.engine.workflow import plan_models
 from app.errors import InvalidField
 from app.recipe import Recipe, RecipeModels
 from app.schemas import ExtractRequest, HeavyTailRank
@@ -44,7 +44,7 @@ def resolve_extraction(request: ExtractRequest, services: Services, *, token: st
     stored = [base_models.held(services, pinned) for pinned in (base, tuned)]
     inputs = [digest for digest in stored if digest is not None]
     if len(inputs) == len(stored):
-        plan_for(services, recipe, inputs)
+        plan_models(services, recipe, inputs)
     return recipe
 
 
