@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from app.services import Services
+from app.settings import Settings
 from asking import ZERO, Preloaded, follow, problem
 from making import dense_directory
 from merge_algos import extract
-from pairs import MODULES, in_shards, state_of, write_pair
+from pairs import MODULES, in_shards, recipe_in, run, state_of, write_pair
 from serving import Server, eventually, serving
 
 LARGE = {f"layers.{n}.q_proj.weight": (640, 512) for n in range(40)}
@@ -104,22 +106,15 @@ def is_merging(service: Server, job: str) -> bool:
     return progress["stage"] == "merge" and 2 < progress["done"] < progress["total"]
 
 
-@pytest.fixture(scope="module")
-def calm(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another store, which nothing disturbs."""
-    settings = {"BRAID_BASES_DIR": str(models), "BRAID_THREADS": "1"}
-    with serving(tmp_path_factory.mktemp("calm"), **settings) as running:
-        yield running
-
-
 @pytest.mark.parametrize(("victim", "seed"), [("child", 11), ("worker", 12)])
-def test_a_kill_in_the_midst_changes_no_byte(service: Server, calm: Server, victim: str, seed: int) -> None:
+def test_a_kill_in_the_midst_changes_no_byte(service: Server, models: Path, victim: str, seed: int, tmp_path: Path) -> None:
     job = begun(service, seed)
     service.processes()[victim].kill()
     ended = service.ended(job, wait_s=240)
     assert (ended["state"], ended["attempt"]) == ("succeeded", 1)
-    same = post(calm, base="dir:large-base", tuned="dir:large-tuned", rank=16, seed=seed).json()["id"]
-    assert (same, calm.ended(same, wait_s=240)["result"]["id"]) == (job, ended["result"]["id"])
+    calm = Services.open(Settings(data_dir=tmp_path, bases_dir=models))
+    recipe = recipe_in(calm, base="dir:large-base", tuned="dir:large-tuned", rank=16, seed=seed)
+    assert (str(recipe.digest), str(run(calm, recipe))) == (job, ended["result"]["id"])
 
 
 def test_a_cancelled_extraction_ends_and_goes_on_when_asked_again(service: Server) -> None:

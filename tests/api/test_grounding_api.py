@@ -10,8 +10,11 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from app import ingest
+from app.services import Services
+from app.settings import Settings
 from asking import Preloaded, follow, problem
-from doras import TARGETS, dense_doras, difference, dora, norm, write_adapter
+from doras import TARGETS, dense_doras, difference, dora, norm, recipe_of, run, write_adapter
 from llama import write_llama
 from making import PREFIX, Made, dense_directory, make
 from serving import Server, eventually, serving
@@ -136,9 +139,10 @@ def test_a_kill_in_the_midst_changes_no_byte(service: Server, models: Path, vict
     service.processes()[victim].kill()
     ended = service.ended(job, wait_s=240)
     assert (ended["state"], ended["attempt"]) == ("succeeded", 1)
-    with serving(tmp_path / "calm", BRAID_BASES_DIR=str(models)) as calm:
-        same = post(calm, calm.add(large_dora(seed)), base_model="dir:large").json()["id"]
-        assert (same, calm.ended(same, wait_s=240)["result"]["id"]) == (job, ended["result"]["id"])
+    calm = Services.open(Settings(data_dir=tmp_path, bases_dir=models))
+    adapter = str(ingest.import_upload(calm, *([part] for part in large_dora(seed).files.values())).id)
+    recipe = recipe_of(calm, adapter, base_model="dir:large")
+    assert (str(recipe.digest), str(run(calm, recipe))) == (job, ended["result"]["id"])
 
 
 def test_a_cancelled_grounding_ends_and_goes_on_when_asked_again(service: Server) -> None:
