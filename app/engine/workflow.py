@@ -44,7 +44,7 @@ class Run:
     """One attempt at one job. `report(stage, done, total)` is told about progress; `stop()` says whether to give up.
 
     origins: the adapters of the recipe, where the inputs of later stages are or may be what was grounded from them.
-    known: what `spec` has read.
+    specs: what `spec` has read.
     """
 
     services: Services
@@ -53,13 +53,13 @@ class Run:
     report: Callable[[str, int, int], None]
     stop: Callable[[], bool]
     origins: tuple[Digest, ...] = ()
-    known: dict[Digest, AdapterSpec] = field(default_factory=dict)
+    specs: dict[Digest, AdapterSpec] = field(default_factory=dict)
 
     def spec(self, adapter: Digest) -> AdapterSpec:
         """Of a stored adapter. Several stages ask, and the header of a large one takes a while to parse."""
-        if adapter not in self.known:
-            self.known[adapter] = OpenAdapter.open(self.services.blobs, adapter).spec
-        return self.known[adapter]
+        if adapter not in self.specs:
+            self.specs[adapter] = OpenAdapter.open(self.services.blobs, adapter).spec
+        return self.specs[adapter]
 
 
 def fetch(run: Run) -> tuple[Digest, ...]:

@@ -45,15 +45,19 @@ class BOFT(Kind):
 
     def ground(self, spec: ModuleSpec, tensors: Mapping[str, Tensor], W: Tensor) -> Tensor:
         R, s, W = tensors["R"].double(), tensors["s"].double().reshape(-1, 1), W.double()
-        added = torch.zeros_like(W)
-        for factor, own in enumerate(R):
-            moved = cayley((own - own.mT) / 2) - torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+        added = rotated(W, _moved(R[0]))  # the first factor permutes nothing
+        for factor, own in enumerate(R[1:], 1):
             order = _permuted(len(own), own.shape[-1], factor).to(W.device)
-            added = added + rotated((W + added)[:, order.argsort()], moved)[:, order]
+            added = added + rotated((W + added)[:, order.argsort()], _moved(own))[:, order]
         return (s * added + (s - 1) * W).float()
+
+
+def _moved(blocks: Tensor) -> Tensor:
+    """What the rotations of blocks (n, side, side) differ from the identity by."""
+    return cayley((blocks - blocks.mT) / 2) - torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
 
 
 def _permuted(blocks: int, side: int, factor: int) -> Tensor:
     """(blocks * side,): of every input where it comes from."""
-    order = torch.arange(blocks * side)
-    return order.reshape(blocks >> factor, -1, 2, side // 2).transpose(1, 2).flatten() if factor else order
+    halves = torch.arange(blocks * side).reshape(blocks >> factor, -1, 2, side // 2)
+    return halves.transpose(1, 2).flatten()
