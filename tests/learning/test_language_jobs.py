@@ -90,10 +90,11 @@ def long_request(server: Server, seed: int, steps: int = LONG) -> dict[str, Any]
 
 
 def step_of(server: Server, job: str, least: int) -> int | None:
-    """The step of the last checkpoint, once it is this far."""
+    """The step of the last checkpoint, once it is this far and told: the checkpoint is kept before the progress is."""
     view = server.http.get(f"/jobs/{job}").json()
     assert view["state"] in ("queued", "running"), view
-    return view["learning"]["step"] if view["learning"] and view["learning"]["step"] >= least else None
+    told = view["progress"]["stage"] == "learn" and view["learning"]
+    return view["learning"]["step"] if told and view["learning"]["step"] >= least else None
 
 
 def reached(server: Server, job: str, least: int) -> int:
