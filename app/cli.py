@@ -9,7 +9,6 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from app import logs
 from app.settings import Settings
 
 app = typer.Typer(
@@ -51,24 +50,20 @@ def serve(
     from app.server import run_server
 
     with _problems_told():
-        run_server(settings, worker=worker, say=out.print)
+        raise typer.Exit(run_server(settings, worker=worker, say=out.print))
 
 
 @app.command()
-def worker(
-    data_dir: DataDir = None,
-    supervised: Annotated[bool, typer.Option("--supervised", hidden=True, help="End when standard input ends.")] = False,
-) -> None:
+def worker(data_dir: DataDir = None) -> None:
     """Run a worker: take jobs from the queue, one per device.
 
     Example: `BRAID_WORKER_ID=gpu-1 BRAID_DEVICES=cuda:0,cuda:1 braid worker --data-dir ./data`
     """
     settings = _settings(data_dir=data_dir)
-    logs.configure(settings.log_level)
-    from app.engine.worker import run_worker
+    from app.server import run_worker
 
     with _problems_told():
-        run_worker(settings, supervised=supervised)
+        raise typer.Exit(run_worker(settings))
 
 
 @app.command()
@@ -367,26 +362,16 @@ def _settings(**given: Any) -> Settings:
 
 @contextmanager
 def _problems_told() -> Iterator[None]:
-    """A refusal is a sentence and exit code 2, never a traceback; a defect of ours keeps its traceback.
-
-    What the system refuses (a port in use, a file that is not there, a full disk) is a refusal too.
-    """
+    """A refusal is a sentence and exit code 2, never a traceback; a defect of ours keeps its traceback."""
     from app.client import Refused
-    from app.errors import STATUS
+    from app.errors import REFUSALS, sentence
 
-    refusals: tuple[type[Exception], ...] = (Refused, OSError, *STATUS)
+    told: tuple[type[Exception], ...] = (Refused, *REFUSALS)
     try:
         yield
-    except refusals as error:
-        err.print(f"error: {_sentence(error)}", style="red", markup=False, soft_wrap=True)
+    except told as error:
+        err.print(f"error: {sentence(error)}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
-
-
-def _sentence(error: Exception) -> str:
-    """The system's own text has an error number where people look for the reason."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def main() -> None:

@@ -284,6 +284,17 @@ def problem(error: Exception) -> dict[str, Any]:
     return make_problem(status, slug(type(error)), str(error), **_fields(error))
 
 
+# what a command or a process of ours tells in a sentence: the system refuses, too (a port in use, a full disk)
+REFUSALS: tuple[type[Exception], ...] = (OSError, *STATUS)
+
+
+def sentence(error: Exception) -> str:
+    """The system's own text has an error number where people look for the reason."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def make_problem(status: int, kind: str, detail: str, **members: Any) -> dict[str, Any]:
     title = kind.replace("-", " ").capitalize()
     return {**members, "type": f"urn:braid:problem:{kind}", "title": title, "status": status, "detail": detail}

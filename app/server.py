@@ -1,38 +1,55 @@
-"""`braid serve`: the API on a socket, a supervised worker beside it."""
+"""`braid serve` and `braid worker`: which processes there are, and the one that holds the API."""
 
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import uvicorn
+from setproctitle import setproctitle
 
 from app import logs
-from app.engine.devices import available
+from app.engine.processes import end_with_supervisor
 from app.main import create_app
 from app.settings import Settings
-from app.supervisor import supervised_worker
+from app.supervisor import FORKS, REFUSED, REFUSED_FOR_NOW, Ward, supervise
+
+_START_FAILED = 3
+_WORKER = "app.engine.worker"
+_PRELOAD = ("app.engine.child",)
 
 
-def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT. Says where it listens once the socket is bound."""
+def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None], forks: bool = FORKS) -> int:
+    """Serve until SIGTERM or SIGINT: the exit code. Says where it listens once the socket is bound."""
     logs.configure(settings.log_level)
-    if worker:
-        available(settings.devices)  # a GPU that is not there would otherwise end the worker again and again
-    listener = _bind(settings)
+    with _bind(settings) as listener:
+        host, port = listener.getsockname()[:2]
+        say(f"Braid listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+        api = Ward("app.server", (str(listener.fileno()),), fds=(listener.fileno(),))
+        # a worker that cannot have its devices never can; one whose name is taken may get it when the other has ended
+        workers = [Ward(_WORKER, asks=True, fatal={REFUSED})] if worker else []
+        return supervise(settings, [api, *workers], preload=_PRELOAD if worker else (), forks=forks)
+
+
+def run_worker(settings: Settings) -> int:
+    """Work until SIGTERM or SIGINT: the exit code."""
+    logs.configure(settings.log_level)
+    code = supervise(settings, [Ward(_WORKER, asks=True)], preload=_PRELOAD)
+    return REFUSED if code == REFUSED_FOR_NOW else code
+
+
+def main(settings: Settings, listener: str) -> None:
+    """The process of the API. listener: the number of the descriptor of a socket that listens, which outlives it."""
+    setproctitle("braid api")
+    end_with_supervisor()
     config = uvicorn.Config(
         create_app(settings), log_config=None, log_level=settings.log_level.lower(), timeout_graceful_shutdown=5
     )
-    # uvicorn raises the signal that ended it once more: by default that would end us before the worker is stopped
+    # uvicorn raises the signal that ended it once more
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with ExitStack() as stack:
-        stack.enter_context(listener)
-        if worker:
-            stack.enter_context(supervised_worker(settings))
-        host, port = listener.getsockname()[:2]
-        say(f"Braid listens on http://{f'[{host}]' if ':' in host else host}:{port}")
-        uvicorn.Server(config).run(sockets=[listener])
+    server = uvicorn.Server(config)
+    server.run(sockets=[socket.socket(fileno=int(listener))])
+    sys.exit(0 if server.started else _START_FAILED)
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -10,12 +10,15 @@ same run, the time of merely copying the bytes of the inputs and of the result.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO, Self
 
 import torch
 from rich.console import Console
@@ -51,6 +54,28 @@ class Row:
     reread_mib: float
     written_mib: float
     result_mib: float
+
+
+@dataclass(frozen=True)
+class Spawned:
+    """A child without a supervisor, which has nothing in memory but its own imports."""
+
+    process: subprocess.Popen[bytes]
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+    @classmethod
+    def start(cls, settings: Settings, module: str, arguments: Sequence[str]) -> Self:
+        command = [sys.executable, "-m", "app.supervisor", module, *arguments]
+        pipe, environment = subprocess.PIPE, settings.to_environment()
+        process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, env=environment)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        return cls(process, process.stdin, process.stdout)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 def main() -> None:
@@ -107,7 +132,7 @@ def measure(services: Services, inputs: tuple[Digest, ...], method: str, rule: R
         allow_base_mismatch=False,
         adapters=tuple(RecipeInput(str(digest), f"a{n}", 1 / len(inputs)) for n, digest in enumerate(inputs)),
     )
-    pool = open_pool(services.settings, ["cpu"])
+    pool = open_pool(services.settings, ["cpu"], partial(Spawned.start, services.settings))
     with pool.lease() as executor, progress_bar(console) as report:
         pid = warm(executor)
         imported_kib, written_before = peak_kib(pid), io(pid)["wchar"]
@@ -134,7 +159,9 @@ def measure(services: Services, inputs: tuple[Digest, ...], method: str, rule: R
 def warm(executor: LocalExecutor) -> int:
     """Wait until the child has imported everything, by letting it answer one task; its process id."""
     list(executor.child.answers([FetchTask("sha256:" + "0" * 64)], stop=lambda: False))
-    return executor.child.start().pid
+    process = executor.child.start()
+    assert isinstance(process, Spawned)
+    return process.process.pid
 
 
 def copying(services: Services, digests: list[Digest]) -> float:

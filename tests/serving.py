@@ -4,9 +4,8 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Any, TypeVar
 import httpx2
 import psutil
 
+from forked import Forked, forked
 from making import Made
 
 T = TypeVar("T")
+Process = Forked | subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Server:
 
     url: str
     data_dir: Path
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     http: httpx2.Client
 
@@ -57,16 +58,20 @@ class Server:
         return directory
 
     def processes(self) -> dict[str, psutil.Process]:
-        """api, worker and child, as far as they live."""
-        found = {"api": psutil.Process(self.process.pid)}
-        for process in psutil.Process(self.process.pid).children(recursive=True):
+        """supervisor, api, worker and child, as far as they live."""
+        supervisor = psutil.Process(self.process.pid)
+        found = {"supervisor": supervisor}
+        for process in supervisor.children():
             with suppress(psutil.NoSuchProcess):  # it ended in this moment, or is a zombie
-                line = " ".join(process.cmdline())
-                if " worker" in line:
-                    found["worker"] = process
-                elif "app.engine.child" in line:
-                    found["child"] = process
+                title = " ".join(process.cmdline()).split()
+                if title[:1] == ["braid"]:
+                    found[title[1]] = process
         return found
+
+    def expect_a_broken_connection(self) -> None:
+        """The API has been killed, and with it our open connection; the next one waits until there is another API."""
+        with suppress(httpx2.TransportError):
+            self.http.get("/healthz")
 
     def _if_final(self, job: str) -> dict[str, Any] | None:
         view: dict[str, Any] = self.http.get(f"/jobs/{job}").json()
@@ -84,31 +89,49 @@ def serving(data_dir: Path, *flags: str, wait_ready: bool = True, **environment:
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "service.log"
     process = start("serve", "--port", "0", *flags, data_dir=data_dir, log=log, environment=environment)
-    url = eventually(lambda: _announced(process), wait_s=60)
-    try:
+    with stopped(process):
+        url = announced(process, log)
         with httpx2.Client(base_url=url, timeout=60) as http:
             server = Server(url, data_dir, process, log, http)
             if wait_ready:
                 http.get("/readyz").raise_for_status()
             yield server
+
+
+def start(*command: str, data_dir: Path, log: Path, environment: Mapping[str, str] = {}) -> Forked:
+    """What it prints is beside its log, in a file that `announced` looks into."""
+    environment = {**environment_for(data_dir), **environment}
+    return forked(*command, environment=environment, stdout=log.with_suffix(".out"), stderr=log)
+
+
+def announced(process: Process, log: Path) -> str:
+    """The address, as soon as it is told."""
+
+    def told() -> str | None:
+        running, said = process.poll() is None, out.read_text()
+        assert running or said, f"the service ended before it listened; see {log}"
+        return said.strip().rpartition(" ")[2] if said.endswith("\n") else None
+
+    out = log.with_suffix(".out")
+    return eventually(told, wait_s=60)
+
+
+@contextmanager
+def stopped(process: Process) -> Iterator[None]:
+    """In the end."""
+    try:
+        yield
     finally:
         stop(process)
 
 
-def start(*command: str, data_dir: Path, log: Path, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+def environment_for(data_dir: Path) -> dict[str, str]:
+    """Nothing of the developer's own settings, no GPU, and no Hub."""
     own = {"BRAID_DATA_DIR": str(data_dir), "BRAID_DEVICES": "cpu", "BRAID_HUB_ENDPOINT": "http://127.0.0.1:9"}
-    clean = {name: value for name, value in os.environ.items() if not re.match("BRAID_|HF_", name)}
-    with log.open("a") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "app.cli", *command],
-            env={**clean, **own, **environment},
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            text=True,
-        )
+    return {**{name: value for name, value in os.environ.items() if not re.match("BRAID_|HF_", name)}, **own}
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop(process: Process) -> None:
     """SIGTERM, then SIGKILL for it and whatever is left below it."""
     below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
@@ -122,6 +145,10 @@ def stop(process: subprocess.Popen[str]) -> None:
             child.send_signal(signal.SIGKILL)
 
 
+def are_gone(processes: Sequence[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
 def eventually(probe: Callable[[], T | None], *, wait_s: float = 120, every_s: float = 0.05) -> T:
     """The first answer of `probe` that is not None. Fails after `wait_s`."""
     ends_at = time.monotonic() + wait_s
@@ -131,10 +158,3 @@ def eventually(probe: Callable[[], T | None], *, wait_s: float = 120, every_s: f
             return answer
         time.sleep(every_s)
     raise AssertionError(f"nothing within {wait_s} s")
-
-
-def _announced(process: subprocess.Popen[str]) -> str | None:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line or process.poll() is None, "the service ended before it listened; see its log"
-    return line.strip().rpartition(" ")[2] if "listens on" in line else None

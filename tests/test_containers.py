@@ -26,7 +26,7 @@ from app.cli import app as cli
 from app.main import create_app
 from app.settings import Settings
 from making import dense, dense_directory, make
-from serving import Server, serving, start, stop
+from serving import Server, serving, start, stopped
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -315,13 +315,11 @@ def running(service: str, data_dir: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def working(data_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def working(data_dir: Path) -> Iterator[None]:
     here = {**environment("worker"), "BRAID_DATA_DIR": str(data_dir)}
     process = start(*COMMANDS["worker"], data_dir=data_dir, log=data_dir / "worker.log", environment=here)
-    try:
-        yield process
-    finally:
-        stop(process)
+    with stopped(process):
+        yield
 
 
 def check_health(url: str) -> int:

@@ -1,12 +1,12 @@
 """The process that computes: reads tasks as JSON lines, answers with descriptors, and can be killed at any moment.
 
-It holds nothing that the store does not hold. Started by `local`, one per device; it ends when its parent does.
+It holds nothing that the store does not hold. Started for `local`, one per device; it ends when its worker does.
 """
 
+import ctypes
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 import torch
 from pydantic import TypeAdapter
+from setproctitle import setproctitle
+from threadpoolctl import threadpool_limits
 
-from app import logs
 from app.adapters import OpenAdapter
 from app.engine.bench import Workbench, threads_of
 from app.engine.messages import Task
@@ -33,18 +34,33 @@ TASKS: TypeAdapter[Task] = TypeAdapter(Task)
 _OPEN_ADAPTERS = 64
 
 
-def main(device: str, threads: int) -> None:
+# mallopt: threads that merge side by side use one heap, and what they free goes back; heaps of their own keep 200 MiB more
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+
+
+def main(settings: Settings, device: str, threads: str) -> None:
     """Serve tasks until standard input ends."""
+    setproctitle(f"braid child {device}")
     answers = _private_stdout()
-    settings = Settings()
-    logs.configure(settings.log_level)
-    torch.set_num_threads(1)  # every module has one thread, see task: more of them work on other modules
-    bench = workbench(Services.open(settings), device, threads)
+    _configure_libraries()
+    bench = workbench(Services.open(settings), device, int(threads))
     promised: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
     threading.Thread(target=_reply, args=(promised, answers), daemon=True).start()
     with ThreadPoolExecutor() as pool:  # as many at a time as were sent: while one writes what it computed, the next computes
         for line in _lines():
             promised.put(pool.submit(_answer, line, bench))
+
+
+def _configure_libraries() -> None:
+    """One thread for every module, see task: more of them work on other modules."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    for library in ("OMP", "MKL", "OPENBLAS"):
+        os.putenv(f"{library}_NUM_THREADS", "1")  # for libraries that are loaded later
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 32 << 20)):
+            libc.mallopt(option, value)
 
 
 def workbench(services: Services, device: str, threads: int) -> Workbench:
@@ -83,8 +99,9 @@ def _lines() -> Iterator[str]:
     queue: SimpleQueue[str] = SimpleQueue()
 
     def read() -> None:
-        for line in sys.stdin:
-            queue.put(line)
+        with os.fdopen(0) as lines:
+            for line in lines:
+                queue.put(line)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -94,10 +111,6 @@ def _lines() -> Iterator[str]:
 
 def _private_stdout() -> TextIO:
     """The pipe to the parent, moved out of the way of libraries that print."""
-    private = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    private = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     return private
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -5,8 +5,6 @@ import json
 import logging
 import os
 import selectors
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import IO, Any
 
 from app.engine.executor import Stopped, T, TaskFailed
 from app.engine.messages import Task
+from app.engine.processes import Process, Start
 from app.errors import WorkerLost, problem
 from app.settings import Settings
 from storage.digest import Descriptor
@@ -24,8 +23,6 @@ log = logging.getLogger(__name__)
 _MAX_DEATHS = 3  # of one task in a row; more is the task's own doing
 _AHEAD = 2  # tasks that a child has at a time: while one writes what it computed, the next computes
 _STOP_POLL_S = 0.2
-# glibc: threads that merge side by side use one heap, and what they free goes back; heaps of their own keep 200 MiB more
-_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
 
 
 @dataclass(eq=False)
@@ -34,28 +31,20 @@ class Child:
 
     device: str
     threads: int
-    environment: dict[str, str]
-    process: subprocess.Popen[bytes] | None = None
+    begin: Start
+    process: Process | None = None
 
-    def start(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, "-m", "app.engine.child", self.device, str(self.threads)]
-            # a session of its own: Ctrl-C in a terminal is for the worker to hear, the child ends with its pipe
-            # unbuffered: of two answers the second must not hide in a buffer, where nobody waits for it
-            self.process = subprocess.Popen(
-                command,
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self.environment,
-                start_new_session=True,
-            )
+    def start(self) -> Process:
+        """Called only while no answer is owed: what there is to read then is the end of a dead one's pipe."""
+        if self.process is not None and _is_ready(self.process.stdout, selectors.EVENT_READ, 0):
+            self.kill()
+        if self.process is None:
+            self.process = self.begin("app.engine.child", [self.device, str(self.threads)])
         return self.process
 
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
             self.process = None
 
     def answers(self, tasks: Sequence[Task], *, stop: Callable[[], bool]) -> Generator[dict[str, Any], None, None]:
@@ -96,9 +85,8 @@ def _line(task: Task) -> bytes:
     return TASKS.dump_json(task) + b"\n"
 
 
-def _send(process: subprocess.Popen[bytes], line: bytes, stop: Callable[[], bool]) -> None:
+def _send(process: Process, line: bytes, stop: Callable[[], bool]) -> None:
     """A process that is not there to take it is noticed by `_receive`. Raises Stopped."""
-    assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)  # a process that still imports reads nothing, and may have to be stopped
     rest = memoryview(line)
     with contextlib.suppress(BrokenPipeError):
@@ -107,9 +95,8 @@ def _send(process: subprocess.Popen[bytes], line: bytes, stop: Callable[[], bool
             rest = rest[os.write(process.stdin.fileno(), rest) :]
 
 
-def _receive(process: subprocess.Popen[bytes], stop: Callable[[], bool]) -> dict[str, Any] | None:
+def _receive(process: Process, stop: Callable[[], bool]) -> dict[str, Any] | None:
     """The next answer, or None if the process died before all of it was there. Raises Stopped."""
-    assert process.stdout is not None
     _await(process.stdout, selectors.EVENT_READ, stop)
     answer = process.stdout.readline()
     if not answer.endswith(b"\n"):
@@ -119,11 +106,15 @@ def _receive(process: subprocess.Popen[bytes], stop: Callable[[], bool]) -> dict
 
 
 def _await(pipe: IO[bytes], event: int, stop: Callable[[], bool]) -> None:
+    while not _is_ready(pipe, event, _STOP_POLL_S):
+        if stop():
+            raise Stopped
+
+
+def _is_ready(pipe: IO[bytes], event: int, wait_s: float) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, event)
-        while not selector.select(_STOP_POLL_S):
-            if stop():
-                raise Stopped
+        return bool(selector.select(wait_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +156,10 @@ def threads_for(settings: Settings, devices: int) -> int:
     return settings.threads or max(1, (os.cpu_count() or 1) // devices)
 
 
-def open_pool(settings: Settings, devices: Sequence[str]) -> LocalPool:
-    """Start the children at once, so that the first job does not wait for imports."""
+def open_pool(settings: Settings, devices: Sequence[str], begin: Start) -> LocalPool:
+    """Start the children at once, so that the first job does not wait for them."""
     threads = threads_for(settings, len(devices))
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    environment = {**_ALLOCATOR, **settings.to_environment(), **limits}
-    pool = LocalPool(tuple(Child(device, threads, environment) for device in devices))
+    pool = LocalPool(tuple(Child(device, threads, begin) for device in devices))
     for child in pool.children:
         child.start()
         pool.free.put(child)

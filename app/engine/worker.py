@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +12,13 @@ from typing import Any
 
 from dbos import DBOS, DBOSPortableJSONSerializer
 from filelock import FileLock, Timeout
+from setproctitle import setproctitle
 
 from app.engine import workflow as stages
 from app.engine.devices import available
 from app.engine.executor import Stopped, TaskFailed
 from app.engine.local import LocalPool, open_pool
+from app.engine.processes import Forks, end_with_supervisor
 from app.engine.queue import APPLICATION_VERSION, QUEUE, WORKFLOW, migrate, workflow_id
 from app.engine.workflow import Run
 from app.errors import WorkerBusy, WorkerLost, make_problem, problem
@@ -41,17 +42,21 @@ _ENDED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def run_worker(settings: Settings, *, supervised: bool = False) -> None:
-    """Work until told to stop (SIGTERM, SIGINT, or end of standard input if supervised). Raises WorkerBusy.
+def main(settings: Settings, connection: str) -> None:
+    """Work until told to stop (SIGTERM, SIGINT, or the end of the supervisor). Raises WorkerBusy.
 
     Jobs under way when it stops, or is killed, are taken up by the next worker with the same BRAID_WORKER_ID.
+    connection: the number of the descriptor over which the supervisor starts its children.
     """
+    setproctitle(f"braid worker {settings.worker_id}")
+    end_with_supervisor()
     stopped = threading.Event()
-    _stop_on_signals(stopped, supervised=supervised)  # first of all: the supervisor may be killed while we start
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
     services = Services.open(settings)
     with _only_one(services):
         migrate(services)
-        pool = open_pool(settings, available(settings.devices))
+        pool = open_pool(settings, available(settings.devices), Forks.inherited(int(connection)).start)
         # No unwinding from here: to stop is to crash, which is what every job is built to survive. Children end with our
         # pipes. Returning would free our name for another worker while DBOS's threads still run our jobs.
         os._exit(_work(services, pool, stopped))
@@ -202,17 +207,3 @@ def _active(services: Services) -> Iterator[Sequence[Job]]:
     while page := services.jobs.page(limit=_PAGE, after=after, states=("running", "queued")):
         yield page
         after = (page[-1].created_at, str(page[-1].id))
-
-
-def _stop_on_signals(stopped: threading.Event, *, supervised: bool) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    if supervised:
-        threading.Thread(target=_end_with_input, daemon=True).start()
-
-
-def _end_with_input() -> None:
-    """A supervised worker holds the other end of its supervisor's pipe, so it ends when the supervisor is killed."""
-    sys.stdin.read()
-    log.info("worker stopped with its supervisor")
-    os._exit(0)

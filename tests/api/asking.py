@@ -1,20 +1,19 @@
 """What tests of the API ask again and again: is it that problem, what did the stream say, how much is stored, run a command."""
 
 import json
-import os
-import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from forked import forked
 from making import Made, make
-from serving import Server
+from serving import Server, environment_for
 
 OPERATORS_TOKEN = "hf_the-token-of-the-operator"
 ZERO = "sha256:" + "0" * 64
@@ -99,59 +98,14 @@ def braid(*command: str | Path, data_dir: Path, **environment: str) -> Ran:
     return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 
-# Each line of input is run by a fork. It leaves without the interpreter's farewell, which takes longer than the command.
-_PRELOADED = """
-import json, os, sys, traceback
-import app.cli, app.commands, app.demo, app.server
-for line in sys.stdin:
-    command, environment, directory = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(os.path.join(directory, name), os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-        os.environ.clear()
-        os.environ.update(environment)
-        sys.argv[1:] = command
-        code = 1
-        try:
-            app.cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@dataclass(frozen=True)
-class Preloaded:
-    """`braid` without its seconds of imports: a process that has imported everything forks one for each command."""
-
-    process: subprocess.Popen[str]
-    directory: Path
-
-    @classmethod
-    @contextmanager
-    def start(cls, directory: Path) -> Iterator["Preloaded"]:
-        arguments = [sys.executable, "-c", _PRELOADED]
-        environment = _environment(directory, {})
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(arguments, env=environment, text=True, **pipes) as process:
-            yield cls(process, directory)
-            process.terminate()
-
-    def __call__(self, *command: str | Path, data_dir: Path, **environment: str) -> Ran:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        asked = [list(map(str, command)), _environment(data_dir, environment), str(self.directory)]
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        code = int(self.process.stdout.readline())
-        return Ran(code, *((self.directory / name).read_text() for name in ("stdout", "stderr")))
+def preloaded(*command: str | Path, data_dir: Path, **environment: str) -> Ran:
+    """The same without its seconds of imports."""
+    with tempfile.TemporaryDirectory() as directory:
+        stdout, stderr = (Path(directory) / name for name in ("stdout", "stderr"))
+        process = forked(*map(str, command), environment=_environment(data_dir, environment), stdout=stdout, stderr=stderr)
+        return Ran(process.wait(120), stdout.read_text(), stderr.read_text())
 
 
 def _environment(data_dir: Path, more: Mapping[str, str]) -> dict[str, str]:
-    """Nothing of this machine's Braid or Hub; as wide as no terminal is, so that sentences stay whole."""
-    clean = {name: value for name, value in os.environ.items() if not re.match("BRAID_|HF_", name)}
-    own = {"BRAID_DATA_DIR": str(data_dir), "BRAID_DEVICES": "cpu", "BRAID_HUB_ENDPOINT": "http://127.0.0.1:9", "COLUMNS": "400"}
-    return {**clean, **own, **more}
+    """As wide as no terminal is, so that sentences stay whole."""
+    return {**environment_for(data_dir), "COLUMNS": "400", **more}

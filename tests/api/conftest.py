@@ -1,10 +1,10 @@
-"""A Hub of our own, a service that pulls from it and logs everything, one with narrow limits, and a command line at hand."""
+"""A Hub of our own, a service that pulls from it and logs everything, and one with narrow limits."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from asking import OPERATORS_TOKEN, Preloaded
+from asking import OPERATORS_TOKEN
 from hub_server import HubServer
 from serving import Server, serving
 
@@ -28,10 +28,4 @@ def lean(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """A service without a worker, which takes adapters of 2 MB at most and has a Hub token of its own."""
     settings = {"BRAID_HUB_ENDPOINT": hub.endpoint, "BRAID_HUB_TOKEN": OPERATORS_TOKEN, "BRAID_LOG_LEVEL": "DEBUG"}
     with serving(tmp_path_factory.mktemp("lean"), "--no-worker", BRAID_MAX_UPLOAD_BYTES="2000000", **settings) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
-    with Preloaded.start(tmp_path_factory.mktemp("preloaded")) as running:
         yield running

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asking import ZERO, Preloaded, count, make_named, problem
+from asking import ZERO, count, make_named, preloaded, problem
 from making import PREFIX, Made, make
 from serving import Server
 
@@ -315,7 +315,7 @@ def test_the_service_is_still_ready(server: Server) -> None:
     assert server.http.get("/readyz").json() == {"status": "ok"}
 
 
-def test_every_blob_is_still_whole(server: Server, preloaded: Preloaded) -> None:
+def test_every_blob_is_still_whole(server: Server) -> None:
     verified = preloaded("store", "verify", data_dir=server.data_dir)
     assert (verified.returncode, verified.stderr) == (0, "")
 
@@ -326,7 +326,7 @@ def test_every_blob_is_still_whole(server: Server, preloaded: Preloaded) -> None
 @pytest.fixture
 def full(lean: Server) -> Iterator[Server]:
     """The service while no file can grow beyond 1.2 MB."""
-    process = psutil.Process(lean.process.pid)
+    process = lean.processes()["api"]
     before = process.rlimit(psutil.RLIMIT_FSIZE)
     process.rlimit(psutil.RLIMIT_FSIZE, (1_200_000, before[1]))
     yield lean

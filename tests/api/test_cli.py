@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from app.cli import app, data_app, rmm_app, store_app
-from asking import Preloaded, Ran, braid, hub_files, make_named
+from asking import Ran, braid, hub_files, make_named, preloaded
 from hub_server import HubServer
 from making import Made, dense, dense_directory, make
 from serving import Server
@@ -76,14 +76,14 @@ def test_a_merge_shows_the_certificate_and_how_to_load(here: tuple[Path, str]) -
     assert f'"{here[0]}")' in here[1]
 
 
-def test_a_merge_is_right(directories: tuple[Path, Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded) -> None:
+def test_a_merge_is_right(directories: tuple[Path, Path], tmp_path: Path, data_dir: Path) -> None:
     preloaded("merge", *directories, "-w", "0.5", "-w", "-2", "-o", tmp_path / "m", data_dir=data_dir)
     got, (a, b) = dense_directory(tmp_path / "m"), (dense(MATH), dense(CODE))
     assert max(float((got[m] - (0.5 * a[m] - 2 * b[m])).norm()) for m in a) < 1e-4
 
 
 def test_a_server_gives_the_same_bytes(
-    here: tuple[Path, str], server: Server, directories: tuple[Path, Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded
+    here: tuple[Path, str], server: Server, directories: tuple[Path, Path], tmp_path: Path, data_dir: Path
 ) -> None:
     flags = ("-w", "0.5", "-w", "-2", "--rank", "4", "-o", tmp_path, "--url", server.url)
     ran = preloaded("merge", *directories, *flags, data_dir=data_dir)
@@ -101,9 +101,7 @@ def body(server: Server) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["yaml", "json"])
-def test_flags_override_a_recipe(
-    server: Server, body: dict[str, Any], kind: str, tmp_path: Path, data_dir: Path, preloaded: Preloaded
-) -> None:
+def test_flags_override_a_recipe(server: Server, body: dict[str, Any], kind: str, tmp_path: Path, data_dir: Path) -> None:
     path = tmp_path / f"recipe.{kind}"
     path.write_text(yaml.safe_dump(body) if kind == "yaml" else json.dumps(body))
     flags = ("--rank", "energy:0.9:3", "--profile", "compact", "-w", "1", "-w", "-1", "--url", server.url)
@@ -122,7 +120,7 @@ BASIS = ("--method", "rmm", "-p", "codec=truncate", "-p", "budget=1.0")
 
 @pytest.fixture(scope="module", params=["here", "there"])
 def basis(
-    request: pytest.FixtureRequest, server: Server, directories: tuple[Path, Path], data_dir: Path, preloaded: Preloaded
+    request: pytest.FixtureRequest, server: Server, directories: tuple[Path, Path], data_dir: Path
 ) -> tuple[str, tuple[Any, ...], Path]:
     """A basis made in the command's own process or on a server: its id, the flags to find it with, and where it was saved."""
     flags = () if request.param == "here" else ("--url", server.url)
@@ -138,18 +136,14 @@ def test_a_basis_is_saved_whole(basis: tuple[str, tuple[Any, ...], Path]) -> Non
     assert sorted(contents(basis[2])) == ["basis.json", "basis.safetensors", "report.json"]
 
 
-def test_a_task_comes_back(
-    basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded
-) -> None:
+def test_a_task_comes_back(basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path) -> None:
     ran = preloaded("reconstruct", basis[0], "math", "-o", tmp_path / "math", *basis[1], data_dir=data_dir)
     assert (ran.returncode, ran.stderr) == (0, "")
     got, expected = dense_directory(tmp_path / "math"), dense(MATH)
     assert max(float((got[m] - expected[m]).norm() / expected[m].norm()) for m in expected) < 1e-2
 
 
-def test_a_mix_comes_back_at_its_rank(
-    basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded
-) -> None:
+def test_a_mix_comes_back_at_its_rank(basis: tuple[str, tuple[Any, ...], Path], tmp_path: Path, data_dir: Path) -> None:
     ran = preloaded(
         "reconstruct", basis[0], "math=0.5", "code=-2", "-r", "5", "-o", tmp_path / "mix", *basis[1], data_dir=data_dir
     )
@@ -158,7 +152,7 @@ def test_a_mix_comes_back_at_its_rank(
     assert max(float((got[m] - 0.5 * a[m] + 2 * b[m]).norm() / b[m].norm()) for m in a) < 4e-2
 
 
-def test_a_basis_shows_its_tasks(basis: tuple[str, tuple[Any, ...], Path], data_dir: Path, preloaded: Preloaded) -> None:
+def test_a_basis_shows_its_tasks(basis: tuple[str, tuple[Any, ...], Path], data_dir: Path) -> None:
     ran = preloaded("rmm", "show", basis[0], *basis[1], data_dir=data_dir)
     assert ran.returncode == 0, ran.stderr
     assert all(word in ran.stdout for word in ("math", "code", "truncate"))
@@ -168,7 +162,7 @@ def test_a_basis_shows_its_tasks(basis: tuple[str, tuple[Any, ...], Path], data_
     ("task", "mention"), [("law", "no task 'law'"), ("math=x", "'math=x' is neither a task nor task=weight")], ids=str
 )
 def test_a_task_that_cannot_be_is_refused(
-    basis: tuple[str, tuple[Any, ...], Path], task: str, mention: str, data_dir: Path, preloaded: Preloaded
+    basis: tuple[str, tuple[Any, ...], Path], task: str, mention: str, data_dir: Path
 ) -> None:
     assert_refused(preloaded("reconstruct", basis[0], task, *basis[1], data_dir=data_dir), mention)
 
@@ -177,7 +171,7 @@ def test_a_task_that_cannot_be_is_refused(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, directories: tuple[Path, Path], preloaded: Preloaded) -> Path:
+def store(tmp_path_factory: pytest.TempPathFactory, directories: tuple[Path, Path]) -> Path:
     """A store of its own: one adapter that was named, one that nothing refers to."""
     data_dir = tmp_path_factory.mktemp("cli-store")
     imported = preloaded("import", directories[0], "--name", "cli/math", data_dir=data_dir)
@@ -186,12 +180,12 @@ def store(tmp_path_factory: pytest.TempPathFactory, directories: tuple[Path, Pat
     return data_dir
 
 
-def test_an_import_prints_the_id(server: Server, directories: tuple[Path, Path], data_dir: Path, preloaded: Preloaded) -> None:
+def test_an_import_prints_the_id(server: Server, directories: tuple[Path, Path], data_dir: Path) -> None:
     printed = preloaded("import", directories[0], "--url", server.url, data_dir=data_dir).stdout.strip()
     assert printed == server.add(MATH)
 
 
-def test_an_import_from_the_hub(hub_service: Server, hub: HubServer, data_dir: Path, preloaded: Preloaded) -> None:
+def test_an_import_from_the_hub(hub_service: Server, hub: HubServer, data_dir: Path) -> None:
     hub.add_repo("org/cli", hub_files(make_named("org/cli")), readers=["hf_cli"], private=True)
     command = ("import", "hub:org/cli", "--name", "cli/hub", "--hub-token", "hf_cli")
     there = preloaded(*command, "--url", hub_service.url, data_dir=data_dir)
@@ -199,11 +193,11 @@ def test_an_import_from_the_hub(hub_service: Server, hub: HubServer, data_dir: P
     assert (there.returncode, there.stdout) == (0, in_process.stdout), there.stderr
 
 
-def test_a_named_import_is_a_source(store: Path, tmp_path: Path, preloaded: Preloaded) -> None:
+def test_a_named_import_is_a_source(store: Path, tmp_path: Path) -> None:
     assert preloaded("merge", "name:cli/math", "-o", tmp_path / "m", data_dir=store).returncode == 0
 
 
-def test_gc_removes_what_nothing_refers_to_and_nothing_else(store: Path, tmp_path: Path, preloaded: Preloaded) -> None:
+def test_gc_removes_what_nothing_refers_to_and_nothing_else(store: Path, tmp_path: Path) -> None:
     before = sum(1 for _ in FileBlobs(store).digests())
     swept = preloaded("store", "gc", "--grace", "0", data_dir=store)
     assert swept.stdout.startswith("removed ")
@@ -211,13 +205,13 @@ def test_gc_removes_what_nothing_refers_to_and_nothing_else(store: Path, tmp_pat
     assert preloaded("merge", "name:cli/math", "-w", "2", "-o", tmp_path / "m", data_dir=store).returncode == 0
 
 
-def test_gc_keeps_what_is_young(store: Path, preloaded: Preloaded) -> None:
+def test_gc_keeps_what_is_young(store: Path) -> None:
     young = FileBlobs(store).put([b"young"], media_type="text/plain")
     preloaded("store", "gc", data_dir=store)
     assert FileBlobs(store).stat(young.digest) == 5
 
 
-def test_verify_names_a_damaged_blob(tmp_path: Path, preloaded: Preloaded) -> None:
+def test_verify_names_a_damaged_blob(tmp_path: Path) -> None:
     blobs = FileBlobs(tmp_path)
     whole, damaged = (blobs.put([text], media_type="text/plain").digest for text in (b"whole", b"damaged"))
     path = blobs.path(damaged)
@@ -227,7 +221,7 @@ def test_verify_names_a_damaged_blob(tmp_path: Path, preloaded: Preloaded) -> No
     assert (ran.returncode, str(damaged) in ran.stdout, str(whole) in ran.stdout) == (1, True, False)
 
 
-def test_gc_keeps_what_a_waiting_job_needs(lean: Server, preloaded: Preloaded) -> None:
+def test_gc_keeps_what_a_waiting_job_needs(lean: Server) -> None:
     adapter = lean.add(MATH)
     lean.http.post("/merge", json={"adapters": [{"source": adapter}]}).raise_for_status()
     lean.http.delete(f"/adapters/{adapter}").raise_for_status()
@@ -240,7 +234,7 @@ def test_gc_keeps_what_a_waiting_job_needs(lean: Server, preloaded: Preloaded) -
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_an_example(command: str, data_dir: Path, preloaded: Preloaded) -> None:
+def test_every_command_shows_an_example(command: str, data_dir: Path) -> None:
     ran = preloaded(*command.split(), "--help", data_dir=data_dir)
     assert (ran.returncode, "Example" in ran.stdout, f"braid {command}" in ran.stdout) == (0, True, True)
 
@@ -301,7 +295,6 @@ def test_a_mistake_is_one_sentence(
     data_dir: Path,
     command: str,
     mention: str,
-    preloaded: Preloaded,
 ) -> None:
     places = {"DIR": directories[0], "EMPTY": tmp_path, "SERVER": server.url, "HUB": hub.endpoint, "FILE": tmp_path / "FILE"}
     (tmp_path / "FILE").write_text("a file")
@@ -311,7 +304,7 @@ def test_a_mistake_is_one_sentence(
     assert_refused(preloaded(*words, data_dir=data_dir), mention)
 
 
-def test_a_port_in_use_is_one_sentence(data_dir: Path, preloaded: Preloaded) -> None:
+def test_a_port_in_use_is_one_sentence(data_dir: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
         assert_refused(preloaded("serve", "--port", port, data_dir=data_dir), "in use")
@@ -321,12 +314,12 @@ def test_a_port_in_use_is_one_sentence(data_dir: Path, preloaded: Preloaded) -> 
     ("name", "value"),
     [("BRAID_PORT", "many"), ("BRAID_DEVICES", "gpu"), ("BRAID_LOG_LEVEL", "LOUD"), ("BRAID_WORKER_ID", "../x")],
 )
-def test_a_wrong_setting_is_one_sentence(data_dir: Path, name: str, value: str, preloaded: Preloaded) -> None:
+def test_a_wrong_setting_is_one_sentence(data_dir: Path, name: str, value: str) -> None:
     assert_refused(preloaded("serve", data_dir=data_dir, **{name: value}), name)
 
 
 def test_a_job_that_fails_on_the_server_is_one_sentence(
-    hub_service: Server, hub: HubServer, tmp_path: Path, data_dir: Path, preloaded: Preloaded
+    hub_service: Server, hub: HubServer, tmp_path: Path, data_dir: Path
 ) -> None:
     good = make_named("org/cli-broken")
     nan = {name: tensor * float("nan") for name, tensor in good.tensors.items()}
@@ -345,7 +338,7 @@ def test_the_demo_ends_with_an_adapter_that_loads(tmp_path: Path, data_dir: Path
     assert sorted(contents(tmp_path / "m")) == FILES
 
 
-def test_the_demo_takes_adapters_from_the_hub(hub: HubServer, tmp_path: Path, data_dir: Path, preloaded: Preloaded) -> None:
+def test_the_demo_takes_adapters_from_the_hub(hub: HubServer, tmp_path: Path, data_dir: Path) -> None:
     for n, name in enumerate(("org/demo-a", "org/demo-b")):
         hub.add_repo(name, hub_files(make_named("org/demo", n)))
     command = ("demo", "--hub", "org/demo-a", "org/demo-b", "--weight", "0.5", "-o", tmp_path / "m")

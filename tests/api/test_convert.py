@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from asking import Preloaded, problem
+from asking import preloaded, problem
 from hub_server import HubServer
 from making import Made, Single, image_deltas, image_factors, make, make_diffusers, make_kohya
 from merge_algos import formats
@@ -190,7 +190,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_the_command_writes_the_file_that_the_server_sends(
-    server: Server, adapter: str, tmp_path: Path, data_dir: Path, preloaded: Preloaded, to: str
+    server: Server, adapter: str, tmp_path: Path, data_dir: Path, to: str
 ) -> None:
     directory, here, there = ADAPTERS["peft"][0].write(tmp_path / "in"), tmp_path / "here.x", tmp_path / "there.x"
     for output, where in ((here, ()), (there, ("--url", server.url))):
@@ -200,9 +200,7 @@ def test_the_command_writes_the_file_that_the_server_sends(
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_the_command_writes_a_directory_for_peft(
-    server: Server, tmp_path: Path, data_dir: Path, preloaded: Preloaded, there: bool
-) -> None:
+def test_the_command_writes_a_directory_for_peft(server: Server, tmp_path: Path, data_dir: Path, there: bool) -> None:
     made, _ = ADAPTERS["kohya"]
     (tmp_path / "in.safetensors").write_bytes(made.files[WEIGHTS])
     where = ("--url", server.url) if there else ()
@@ -216,9 +214,7 @@ def test_the_command_writes_a_directory_for_peft(
     ("output", "to", "mention"),
     [("x", "onnx", "peft, kohya, diffusers"), (".", "kohya", "one file"), ("in.x", "peft", "directory")],
 )
-def test_a_mistake_is_one_sentence(
-    tmp_path: Path, data_dir: Path, preloaded: Preloaded, output: str, to: str, mention: str
-) -> None:
+def test_a_mistake_is_one_sentence(tmp_path: Path, data_dir: Path, output: str, to: str, mention: str) -> None:
     (tmp_path / "in.x").write_bytes(ADAPTERS["kohya"][0].files[WEIGHTS])
     ran = preloaded("convert", tmp_path / "in.x", tmp_path / output, "--to", to, data_dir=data_dir)
     assert (ran.returncode, mention in ran.stderr, len(ran.stderr.strip().splitlines())) == (2, True, 1), ran.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from asking import ZERO, Preloaded, pages, problem
+from asking import ZERO, pages, preloaded, problem
 from serving import Server
 from storage.digest import Digest
 
@@ -114,14 +114,14 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-def test_a_command_adds_and_lists_here(preloaded: Preloaded, tmp_path: Path, file: Path) -> None:
+def test_a_command_adds_and_lists_here(tmp_path: Path, file: Path) -> None:
     added = preloaded("data", "add", file, data_dir=tmp_path / "store")
     assert (added.returncode, added.stdout.strip()) == (0, str(Digest.of(rows("by command"))))
     listed = preloaded("data", "list", data_dir=tmp_path / "store")
     assert listed.returncode == 0 and added.stdout.strip() in listed.stdout and "text, label" in listed.stdout
 
 
-def test_a_command_adds_and_lists_there(preloaded: Preloaded, server: Server, tmp_path: Path, file: Path) -> None:
+def test_a_command_adds_and_lists_there(server: Server, tmp_path: Path, file: Path) -> None:
     added = preloaded("data", "add", file, "--url", server.url, data_dir=tmp_path)
     assert added.returncode == 0, added.stderr
     assert server.http.get(f"/data/{added.stdout.strip()}").json()["rows"] == 2
@@ -130,9 +130,7 @@ def test_a_command_adds_and_lists_there(preloaded: Preloaded, server: Server, tm
 
 @pytest.mark.parametrize(("name", "mention"), [("nowhere.jsonl", "is no file"), ("bad.jsonl", "line 1"), (".", "is no file")])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_command_that_cannot_add_says_why(
-    preloaded: Preloaded, server: Server, tmp_path: Path, name: str, mention: str, there: bool
-) -> None:
+def test_a_command_that_cannot_add_says_why(server: Server, tmp_path: Path, name: str, mention: str, there: bool) -> None:
     (tmp_path / "bad.jsonl").write_text("no JSON")
     where = ["--url", server.url] if there else []
     ran = preloaded("data", "add", tmp_path / name, *where, data_dir=tmp_path / "store")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from app.services import Services
 from app.settings import Settings
-from asking import ZERO, Preloaded, follow, problem
+from asking import ZERO, follow, preloaded, problem
 from making import dense_directory
 from merge_algos import extract
 from pairs import MODULES, in_shards, recipe_in, run, state_of, write_pair
@@ -199,7 +199,7 @@ def test_merge_knows_no_method_of_that_name(service: Server) -> None:
 # The command line
 
 
-def test_the_command_extracts_here_from_any_directory(preloaded: Preloaded, models: Path, tmp_path: Path) -> None:
+def test_the_command_extracts_here_from_any_directory(models: Path, tmp_path: Path) -> None:
     ran = preloaded(
         *("extract", "--base", models / "base", "--tuned", models / "tuned", "--heavy-tail", "5", "--max-rank", "9"),
         *("--include", "lm_head", "--base-model-name", "org/llama", "-o", tmp_path / "out"),
@@ -212,7 +212,7 @@ def test_the_command_extracts_here_from_any_directory(preloaded: Preloaded, mode
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/llama"
 
 
-def test_the_command_extracts_on_a_server(preloaded: Preloaded, service: Server, tmp_path: Path) -> None:
+def test_the_command_extracts_on_a_server(service: Server, tmp_path: Path) -> None:
     command = ("extract", "--base", "dir:base", "--tuned", "dir:tuned", "--energy", "0.8", "--url", service.url)
     ran = preloaded(*command, "-o", tmp_path / "out", data_dir=tmp_path / "data")
     assert ran.returncode == 0, ran.stderr
@@ -230,9 +230,7 @@ def test_the_command_extracts_on_a_server(preloaded: Preloaded, service: Server,
         (["--rank", "4", "--leftover", "ignore"], "leftover"),
     ],
 )
-def test_flags_that_contradict_are_refused_in_a_sentence(
-    preloaded: Preloaded, models: Path, tmp_path: Path, flags: list[str], says: str
-) -> None:
+def test_flags_that_contradict_are_refused_in_a_sentence(models: Path, tmp_path: Path, flags: list[str], says: str) -> None:
     ran = preloaded("extract", "--base", models / "base", "--tuned", models / "tuned", *flags, data_dir=tmp_path)
     assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
     assert says in ran.stderr

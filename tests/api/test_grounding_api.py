@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from app import ingest
 from app.services import Services
 from app.settings import Settings
-from asking import Preloaded, follow, problem
+from asking import follow, preloaded, problem
 from doras import TARGETS, dense_doras, difference, dora, norm, recipe_of, run, write_adapter
 from llama import write_llama
 from making import PREFIX, Made, dense_directory, make
@@ -197,7 +197,7 @@ def test_another_format_is_refused(service: Server, ids: Mapping[str, str]) -> N
 # The command line
 
 
-def test_the_command_merges_here_with_any_directory(preloaded: Preloaded, models: Path, tmp_path: Path) -> None:
+def test_the_command_merges_here_with_any_directory(models: Path, tmp_path: Path) -> None:
     command = ("merge", models / "dora", models / "lora", "-w", "1", "-w", "1", "--base-model", models / "base")
     ran = preloaded(*command, "--base-rank", "energy:0.9:30", "-o", tmp_path / "out", data_dir=tmp_path / "data")
     assert ran.returncode == 0, ran.stderr
@@ -216,16 +216,14 @@ def test_the_command_merges_here_with_any_directory(preloaded: Preloaded, models
         (["--base-rank", "4"], "base_rank"),
     ],
 )
-def test_flags_that_cannot_be_are_refused_in_a_sentence(
-    preloaded: Preloaded, models: Path, tmp_path: Path, flags: list[str], says: str
-) -> None:
+def test_flags_that_cannot_be_are_refused_in_a_sentence(models: Path, tmp_path: Path, flags: list[str], says: str) -> None:
     given = [str(models / "base") if flag == "BASE" else flag for flag in flags]
     ran = preloaded("merge", models / "dora", *given, "-o", tmp_path / "out", data_dir=tmp_path / "data")
     assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
     assert says in ran.stderr
 
 
-def test_a_server_reads_no_directory_of_this_machine(preloaded: Preloaded, service: Server, models: Path, tmp_path: Path) -> None:
+def test_a_server_reads_no_directory_of_this_machine(service: Server, models: Path, tmp_path: Path) -> None:
     ran = preloaded("merge", models / "dora", "--base-model", models / "base", "--url", service.url, data_dir=tmp_path)
     assert (ran.returncode, "Traceback" in ran.stderr) == (2, False)
     assert "does not read directories of this machine" in ran.stderr

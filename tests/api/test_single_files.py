@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from asking import Preloaded, problem
+from asking import preloaded, problem
 from hub_server import HubServer
 from making import Made, Single, image_deltas, image_factors, make, make_diffusers, make_kohya
 from serving import Server
@@ -283,7 +283,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_files_are_merged_and_called_as_they_are(
-    server: Server, files: tuple[Path, Path], tmp_path: Path, data_dir: Path, preloaded: Preloaded, there: bool
+    server: Server, files: tuple[Path, Path], tmp_path: Path, data_dir: Path, there: bool
 ) -> None:
     where = ("--url", server.url) if there else ()
     ran = preloaded("merge", *files, "-o", tmp_path / "m", *where, data_dir=data_dir)
@@ -291,9 +291,7 @@ def test_files_are_merged_and_called_as_they_are(
     assert "| style |" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_an_import_of_a_file_prints_the_id(
-    server: Server, files: tuple[Path, Path], data_dir: Path, preloaded: Preloaded
-) -> None:
+def test_an_import_of_a_file_prints_the_id(server: Server, files: tuple[Path, Path], data_dir: Path) -> None:
     command = ("import", files[0], "--base-model", "org/base")
     there, here = (preloaded(*command, *where, data_dir=data_dir) for where in (("--url", server.url), ()))
     assert here.returncode == there.returncode == 0, here.stderr + there.stderr
@@ -301,6 +299,6 @@ def test_an_import_of_a_file_prints_the_id(
     assert server.http.get(f"/adapters/{there.stdout.strip()}").json()["base_model"] == "org/base"
 
 
-def test_a_base_model_is_only_of_a_file(data_dir: Path, preloaded: Preloaded) -> None:
+def test_a_base_model_is_only_of_a_file(data_dir: Path) -> None:
     ran = preloaded("import", "hub:org/x", "--base-model", "org/base", data_dir=data_dir)
     assert (ran.returncode, "--base-model" in ran.stderr) == (2, True)

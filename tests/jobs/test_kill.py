@@ -1,4 +1,4 @@
-"""kill -9 of the child, the worker or the API at random moments: no job lost, none done twice, none begun anew.
+"""kill -9 of the child, the worker, the API or the supervisor at random moments: no job lost, done twice, or begun anew.
 
 The twenty kills happen once, on one data directory, and each test states one fact about all of them. Every other kill waits
 for a random number of finished shards instead of a random time, so that on any machine each victim dies in mid-merge too.
@@ -34,7 +34,7 @@ from storage.schema import results
 pytestmark = pytest.mark.timeout(900)  # of the twenty kills together, on a busy machine; two minutes and a half on an idle one
 
 RUNS = 20
-VICTIMS = ("child", "worker", "api")
+VICTIMS = ("child", "worker", "api", "supervisor")
 SHAPES = {f"layers.{n}.q_proj": (512, 512) for n in range(64)}
 SMALL = {f"layers.{n}.q_proj": (64, 64) for n in range(8)}
 SETTINGS = {"BRAID_SHARD_BYTES": "70000", "BRAID_THREADS": "1"}  # one module to a shard
@@ -42,7 +42,7 @@ SETTINGS = {"BRAID_SHARD_BYTES": "70000", "BRAID_THREADS": "1"}  # one module to
 
 @dataclass
 class Service:
-    """A service on one data directory, to be started again after its API was killed."""
+    """A service on one data directory, to be started again after its supervisor was killed."""
 
     data_dir: Path
     stack: ExitStack = field(default_factory=ExitStack)
@@ -117,14 +117,15 @@ def await_shards(services: Services, job: Digest, count: int) -> None:
 
 
 def strike(service: Service, server: Server, services: Services, accepted: Digest, victim: str) -> tuple[Server, Hit]:
-    """Kill the victim, start the service again if it was the API, and wait for the job's end."""
+    """Kill the victim, start the service again if it was the supervisor, and wait for the job's end."""
     process = eventually(lambda: server.processes().get(victim))
     job = services.jobs.get(accepted)
     assert job is not None
     before = shard_times(services, accepted)
     process.send_signal(signal.SIGKILL)
-    if victim == "api":
+    if victim == "supervisor":
         server = service.start()
+    server.expect_a_broken_connection()
     ended = server.ended(str(accepted))
     after = {blob: services.blobs.path(blob).stat().st_mtime_ns for blob in before}
     again = sum(after[blob] != at for blob, at in before.items())
@@ -204,24 +205,25 @@ def figures(soak: Soak) -> str:
     )
 
 
-def test_a_burst_survives_two_kills_of_api_and_worker_together(tmp_path: Path) -> None:
+def test_a_burst_survives_kills_of_several_processes_together(tmp_path: Path) -> None:
     service = Service(tmp_path)
     with service.stack:
         server = service.start()
         inputs = [server.add(made) for made in adapters(SMALL)]
         jobs = [post(server, inputs, weight=1.0 + n, rank=16) for n in range(10)]
-        for _ in range(2):
-            time.sleep(0.5)
-            kill_together(server)
-            server = service.start()
+        time.sleep(0.5)
+        kill_together(server, "api", "worker")
+        server.expect_a_broken_connection()
+        time.sleep(0.5)
+        kill_together(server, "supervisor", "api", "worker", "child")
+        server = service.start()
         ended = [server.ended(str(job)) for job in jobs]
         services = Services.open(Settings(data_dir=tmp_path))
         assert [(job["state"], succeeded_events(services, Digest.parse(job["id"]))) for job in ended] == [("succeeded", 1)] * 10
 
 
-def kill_together(server: Server) -> None:
-    found = server.processes()
-    for name in ("api", "worker"):
-        if name in found:
-            found[name].send_signal(signal.SIGKILL)
-    psutil.wait_procs([found["api"]], timeout=5)
+def kill_together(server: Server, *victims: str) -> None:
+    found = [process for name, process in server.processes().items() if name in victims]
+    for process in found:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(found, timeout=5)

@@ -1,8 +1,13 @@
 """What a merge takes over from an earlier run of its recipe, and what it must not."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -19,6 +24,7 @@ from app.schemas import MergeRequest
 from app.services import Services
 from app.settings import Settings
 from making import make
+from serving import environment_for
 from storage.digest import Digest
 
 SHAPES = {f"layers.{n}.q_proj": (32, 32) for n in range(12)}
@@ -90,9 +96,29 @@ def test_a_shard_whose_blob_is_damaged_is_run_again(tmp_path: Path, content: byt
 # the child, which has two tasks at a time
 
 
+@dataclass(frozen=True)
+class Spawned:
+    """A child without a supervisor."""
+
+    process: subprocess.Popen[bytes]
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+    @classmethod
+    def start(cls, data_dir: Path, module: str, arguments: Sequence[str]) -> "Spawned":
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        command = [sys.executable, "-m", "app.supervisor", module, *arguments]
+        process = subprocess.Popen(command, env=environment_for(data_dir), **pipes)
+        return cls(process, process.stdin, process.stdout)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
 @pytest.fixture
 def executor(tmp_path: Path) -> Iterator[LocalExecutor]:
-    with open_pool(opened(tmp_path, ALL).settings, ["cpu"]).lease() as executor:
+    with open_pool(opened(tmp_path, ALL).settings, ["cpu"], partial(Spawned.start, tmp_path)).lease() as executor:
         yield executor
         executor.child.kill()
 
@@ -145,8 +171,7 @@ def test_answers_come_in_the_order_of_tasks_whatever_the_child_dies_of(executor:
     for n, (_, descriptor) in enumerate(executor.run(many, stop=lambda: False)):
         found.append(str(descriptor.digest))
         if n in (2, 7):
-            assert executor.child.process is not None
-            executor.child.process.kill()
+            executor.child.process.process.kill()
     assert found == [task.source for task in many]
 
 

@@ -2,7 +2,6 @@
 
 import signal
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,9 @@ import pytest
 from app.engine.queue import workflow_id
 from app.services import Services
 from app.settings import Settings
+from forked import Forked
 from making import make
-from serving import Server, eventually, serving, start, stop
+from serving import Server, are_gone, eventually, serving, start, stop
 from storage.digest import Digest
 from storage.layout import Layout
 
@@ -43,7 +43,7 @@ def opened(data_dir: Path) -> Services:
 
 
 @contextmanager
-def worker(data_dir: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def worker(data_dir: Path, log: Path, **environment: str) -> Iterator[Forked]:
     """A `braid worker` that takes jobs."""
     process = start("worker", data_dir=data_dir, log=log, environment=environment)
     try:
@@ -51,10 +51,6 @@ def worker(data_dir: Path, log: Path, **environment: str) -> Iterator[subprocess
         yield process
     finally:
         stop(process)
-
-
-def are_gone(processes: Sequence[psutil.Process]) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
 def starts_of(log: Path) -> int:
@@ -121,22 +117,14 @@ def test_a_problem_survives_a_crash_before_it_was_told(tmp_path: Path) -> None:
 # who ends when
 
 
-def test_when_the_api_is_killed_while_the_rest_starts_nothing_stays(tmp_path: Path) -> None:
-    """A process that still imports ends when it has done so."""
-    with serving(tmp_path) as server:
-        eventually(lambda: server.processes().get("child"))
-        found = server.processes()
-        found["api"].kill()
-        eventually(lambda: are_gone([found["worker"], found["child"]]) or None, wait_s=20)
-
-
-def test_when_the_api_is_killed_worker_and_child_end_within_three_seconds(tmp_path: Path) -> None:
+def test_when_the_service_is_killed_in_mid_merge_all_of_it_ends_within_three_seconds(tmp_path: Path) -> None:
     with serving(tmp_path, **SETTINGS) as server:
         job = post(server, two(server, SHAPES), 1.0)
         eventually(lambda: len(opened(tmp_path).jobs.shards(job)) > 2 or None)
-        found = server.processes()
-        found["api"].kill()
-        eventually(lambda: are_gone([found["worker"], found["child"]]) or None, wait_s=3)
+        family = list(server.processes().values())
+        server.process.kill()
+        eventually(lambda: are_gone(family) or None, wait_s=3)
+    assert len(family) == 4
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +210,13 @@ def test_an_api_without_worker_and_a_worker_apart_work_together(apart: Server, t
         assert apart.merge(*two(apart), weights=[3, 3])["state"] == "succeeded"
 
 
-def test_when_a_worker_is_killed_its_child_ends_within_three_seconds(apart: Server, tmp_path: Path) -> None:
+def test_when_a_worker_apart_is_killed_nothing_of_it_stays(apart: Server, tmp_path: Path) -> None:
     with worker(apart.data_dir, tmp_path / "worker.log") as process:
         apart.merge(*two(apart), weights=[4, 4])  # so the child has started
-        (child,) = psutil.Process(process.pid).children()
+        below = psutil.Process(process.pid).children()
         process.kill()
-        eventually(lambda: are_gone([child]) or None, wait_s=3)
+        eventually(lambda: are_gone(below) or None, wait_s=3)
+    assert len(below) == 2
 
 
 def test_workers_of_different_names_share_the_queue(apart: Server, tmp_path: Path) -> None:
