@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     worker_id: str = Field(
         default="worker-1",
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
-        description="stable name of a worker: after a crash it takes up its own jobs",
+        description="stable name of a worker: after a crash it takes up its own jobs; those of one that stays away go to others",
     )
     max_upload_bytes: int = Field(default=4 * 1024**3, gt=0, description="largest adapter accepted, uploaded or pulled, bytes")
     bases_dir: Path | None = Field(default=None, description="base models of the operator: what `dir:` sources are below")

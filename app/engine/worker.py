@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -45,7 +45,8 @@ _ENDED: Mapping[str, Mapping[str, Any]] = {
 def main(settings: Settings, connection: str) -> None:
     """Work until told to stop (SIGTERM, SIGINT, or the end of the supervisor). Raises WorkerBusy.
 
-    Jobs under way when it stops, or is killed, are taken up by the next worker with the same BRAID_WORKER_ID.
+    Jobs under way when it stops, or is killed, are taken up by the next worker with the same BRAID_WORKER_ID, or by any other
+    that finds this one gone.
     connection: the number of the descriptor over which the supervisor starts its children.
     """
     setproctitle(f"braid worker {settings.worker_id}")
@@ -54,7 +55,7 @@ def main(settings: Settings, connection: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     services = Services.open(settings)
-    with _only_one(services):
+    with _only_one(services, settings.worker_id):
         migrate(services)
         pool = open_pool(settings, available(settings.devices), Forks.inherited(int(connection)).start)
         # No unwinding from here: to stop is to crash, which is what every job is built to survive. Children end with our
@@ -70,6 +71,7 @@ def _work(services: Services, pool: LocalPool, stopped: threading.Event) -> int:
         log.info("worker %s takes jobs on %s", worker_id, ", ".join(pool.devices))
         while not stopped.wait(_HOUSEKEEPING_S):
             _bury(services)
+            _adopt(services)
     except Exception:
         log.exception("worker %s gives up", worker_id)
         return 1
@@ -78,8 +80,8 @@ def _work(services: Services, pool: LocalPool, stopped: threading.Event) -> int:
 
 
 @contextmanager
-def _only_one(services: Services) -> Iterator[None]:
-    worker_id = services.settings.worker_id
+def _only_one(services: Services, worker_id: str) -> Iterator[None]:
+    """Raises WorkerBusy if a worker of that name runs."""
     try:
         with FileLock(services.layout.locks / f"worker-{worker_id}", timeout=0):
             yield
@@ -199,6 +201,16 @@ def _bury(services: Services) -> None:
         for status in found:
             job = known[status.workflow_id]
             services.jobs.finish(job.id, job.attempt, "failed", _ENDED[status.status])
+
+
+def _adopt(services: Services) -> None:
+    """Put back into the queue what a worker left that is gone: it may never come back under its name."""
+    pending = partial(DBOS.list_workflows, name=WORKFLOW, status="PENDING", load_input=False, load_output=False)
+    for name in sorted({workflow.executor_id or "" for workflow in pending()} - {"", services.settings.worker_id}):
+        with suppress(WorkerBusy), _only_one(services, name):
+            for workflow in pending(executor_id=name):
+                log.info("worker %s is gone; what it left is taken up: %s", name, workflow.workflow_id)
+                DBOS.resume_workflow(workflow.workflow_id, queue_name=QUEUE)
 
 
 def _active(services: Services) -> Iterator[Sequence[Job]]:

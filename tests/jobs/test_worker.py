@@ -140,8 +140,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Digest,
         code = server.process.wait(20)
         lasted_s = time.monotonic() - began
         gone = are_gone(family)
-    blobs = [services.blobs.path(shard.digest) for shard in services.jobs.shards(job).values()]
-    return data_dir, job, code, lasted_s, gone, {blob: blob.stat().st_mtime_ns for blob in blobs}
+    return data_dir, job, code, lasted_s, gone, {blob: blob.stat().st_mtime_ns for blob in finished(services, job)}
 
 
 Interrupted = tuple[Path, Digest, int, float, bool, dict[Path, int]]
@@ -229,6 +228,23 @@ def test_workers_of_different_names_share_the_queue(apart: Server, tmp_path: Pat
     ends = [sum(event.event == "succeeded" for event in services.jobs.events(job)) for job in jobs]
     started = [starts_of(log) for log in logs]
     assert (ends, sum(started), min(started) > 0) == ([1] * 12, 12, True)
+
+
+def test_a_worker_that_never_comes_back_leaves_its_job_to_another(apart: Server, tmp_path: Path) -> None:
+    services, logs = opened(apart.data_dir), [tmp_path / name for name in ("lost", "found")]
+    with worker(apart.data_dir, logs[0], BRAID_WORKER_ID="lost", **SETTINGS) as process:
+        job = post(apart, two(apart, SHAPES), 30.0)
+        eventually(lambda: len(services.jobs.shards(job)) > 2 or None)
+        process.kill()
+    kept = {blob: blob.stat().st_mtime_ns for blob in finished(services, job)}
+    with worker(apart.data_dir, logs[1], BRAID_WORKER_ID="found", **SETTINGS):
+        ended = apart.ended(str(job))
+    assert (ended["state"], ended["attempt"], starts_of(logs[1])) == ("succeeded", 1, 1)
+    assert {blob: blob.stat().st_mtime_ns for blob in kept} == kept
+
+
+def finished(services: Services, job: Digest) -> list[Path]:
+    return [services.blobs.path(shard.digest) for shard in services.jobs.shards(job).values()]
 
 
 # what was queued when the API was killed
