@@ -1,15 +1,19 @@
 """Connections and migrations. SQLite by default, Postgres by URL; the tables are the same."""
 
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from sqlalchemy import Engine, Table, create_engine, event, insert, inspect
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, Table, create_engine, event, inspect
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, ExceptionContext
+
+from storage.errors import StoreFull
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_INSERT: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _PRAGMAS = ("busy_timeout=30000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON")
 
 
@@ -23,6 +27,7 @@ def connect(url: str) -> Engine:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
+        event.listen(engine, "handle_error", _tell_full)
     return engine
 
 
@@ -33,12 +38,8 @@ def reading(engine: Engine) -> Connection:
 
 def insert_if_absent(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
     """Whether the row is new. One that is there already stays as it is."""
-    try:
-        with connection.begin_nested():
-            connection.execute(insert(table).values(row))
-    except IntegrityError:
-        return False
-    return True
+    insert = _INSERT[connection.dialect.name](table)
+    return connection.execute(insert.values(row).on_conflict_do_nothing()).rowcount == 1
 
 
 def upgrade(engine: Engine, lock: Path) -> None:
@@ -74,3 +75,9 @@ def _configure(connection: Any, _record: object) -> None:
 def _begin(connection: Connection) -> None:
     reads = connection.get_execution_options().get("braid_reading")
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _tell_full(context: ExceptionContext) -> None:
+    """Raises StoreFull where SQLite finds no room."""
+    if getattr(context.original_exception, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        raise StoreFull(str(context.original_exception)) from context.original_exception

@@ -2,17 +2,20 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Connection, Engine, event, func, select
 
 import storage.migrations
 from indexing import JOB, OTHER, record
 from storage.database import reading, upgrade
+from storage.digest import Digest
+from storage.errors import StoreFull
 from storage.index import Index, Result
 from storage.manifest import Source
 from storage.schema import metadata, results
@@ -29,6 +32,36 @@ def test_upgrading_twice_changes_nothing(engine: Engine, index: Index, tmp_path:
     index.add(record())
     upgrade(engine, tmp_path / "lock")
     assert index.get(record().id) == record()
+
+
+@pytest.fixture
+def full(engine: Engine) -> Engine:
+    """Of a database that has as many pages as it may have: what SQLite says of a full disk, too."""
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")  # which is never less than it has
+
+    return engine
+
+
+def add_until_full(index: Index) -> None:
+    for number in range(10_000):
+        index.add(replace(record(), id=Digest.of(str(number).encode())))
+
+
+def test_a_full_disk_is_told_as_what_it_is(full: Engine) -> None:
+    with pytest.raises(StoreFull, match="full"):
+        add_until_full(Index(full))
+
+
+def test_after_a_full_disk_there_is_what_was_there_before(full: Engine) -> None:
+    index = Index(full)
+    with pytest.raises(StoreFull):
+        add_until_full(index)
+    kept = index.get(Digest.of(b"0"))
+    assert kept is not None
+    assert kept.id == Digest.of(b"0")
 
 
 def test_migrations_are_called_by_their_numbers() -> None:
