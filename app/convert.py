@@ -133,7 +133,8 @@ def _ship(opened: OpenAdapter, shapes: Mapping[str, Shape], dtype: torch.dtype, 
     shipped = delta.to(dtype)
     if not (shipped.A.isfinite().all() and shipped.B.isfinite().all()):
         raise NonFiniteResult(name, str(dtype).removeprefix("torch."))
-    return _Module(shipped, distance(delta, shipped) ** 2, delta.norm() ** 2)
+    gram = delta.gram()
+    return _Module(shipped, distance(delta, shipped, gram=gram) ** 2, delta.norm(gram=gram) ** 2)
 
 
 def _rounding_error(modules: Iterable[_Module]) -> float:

@@ -125,13 +125,20 @@ class LowRankDelta:
 
     def inner(self, other: "LowRankDelta") -> float:
         """Frobenius inner product `<B1 A1, B2 A2>`, accumulated in float64."""
-        A = self.A.mT
-        left, right = _products(self.B, other.B), _products(A, A if other is self else other.A.mT)  # (k1, k2)
+        left, right = _products(self.B, other.B), _products(self.A.mT, other.A.mT)  # (k1, k2)
         return float((left * right).sum().item())
 
-    def norm(self) -> float:
-        """Frobenius norm. Rounding may leave a cancelling sum a hair below zero, hence the clamp."""
-        return math.sqrt(max(self.inner(self), 0.0))
+    def norm(self, *, gram: Tensor | None = None) -> float:
+        """Frobenius norm. Rounding may leave a cancelling sum a hair below zero, hence the clamp.
+
+        gram: `self.gram()`, half of the work, where it is known.
+        """
+        return math.sqrt(max(float((_products(self.B, self.B) * (self.gram() if gram is None else gram)).sum()), 0.0))
+
+    def gram(self) -> Tensor:
+        """`A A^T` (k, k), accumulated in float64."""
+        A = self.A.mT
+        return _products(A, A)
 
     def core_svd(self) -> CoreSVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""
@@ -214,14 +221,17 @@ def from_svd(svd: SVD | CoreSVD, k: int) -> LowRankDelta:
     return LowRankDelta(kept.U * root, root[:, None] * kept.Vh)
 
 
-def distance(left: LowRankDelta, right: LowRankDelta) -> float:
+def distance(left: LowRankDelta, right: LowRankDelta, *, gram: Tensor | None = None) -> float:
     """`||left - right||` for equal ranks and nearly equal factors, without cancellation: dB A' + B dA, both small.
 
     A term whose difference is zero is left out: a merge often hands A on untouched, which halves the rank.
+    gram: `left.gram()`, most of the work in that case, where it is known.
     """
     dB, dA = right.B.to(left.B.dtype) - left.B, right.A.to(left.A.dtype) - left.A
-    terms = [LowRankDelta(dB, left.A + dA)] * (not _is_zero(dB)) + [LowRankDelta(left.B, dA)] * (not _is_zero(dA))
-    return concat(terms).norm() if terms else 0.0
+    if _is_zero(dA):
+        return 0.0 if _is_zero(dB) else LowRankDelta(dB, left.A).norm(gram=gram)
+    of_A = LowRankDelta(left.B, dA)
+    return (of_A if _is_zero(dB) else concat([LowRankDelta(dB, left.A + dA), of_A])).norm()
 
 
 def _products(X: Tensor, Y: Tensor) -> Tensor:

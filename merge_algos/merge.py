@@ -46,13 +46,17 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A delta within its rank rule. rank_in, norm: before the cut.  lost: fraction of the squared norm that was cut away."""
+    """A delta within its rank rule. rank_in, norm: before the cut.  lost: fraction of the squared norm that was cut away.
+
+    gram: of the delta, where the norm was computed from it.
+    """
 
     delta: LowRankDelta
     rank_in: int
     norm: float
     lost: float
     exact: bool
+    gram: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,7 +153,9 @@ def shipped(
     """
     cast = finished.to(dtype)
     _check_finite(cast, module)
-    kept_norm = cut.norm * math.sqrt(1.0 - cut.lost) if finished is cut.delta else finished.norm()
+    as_cut = finished is cut.delta
+    kept_norm = cut.norm * math.sqrt(1.0 - cut.lost) if as_cut else finished.norm()
+    rounded_away = distance(finished, cast, gram=cut.gram if as_cut else None)
     report = ModuleReport(
         module=module,
         rank_in=cut.rank_in,
@@ -158,7 +164,7 @@ def shipped(
         norm=cut.norm,
         relative_error=math.sqrt(cut.lost),
         retained_energy=1.0 - cut.lost,
-        rounding_error=distance(finished, cast) / kept_norm if kept_norm else 0.0,
+        rounding_error=rounded_away / kept_norm if kept_norm else 0.0,
         diagnostics=diagnostics or {},
     )
     return ModuleResult(cast, report)
@@ -184,7 +190,8 @@ def reduce(delta: LowRankDelta | BlockMatrix | CoreSVD, context: ModuleContext) 
     if isinstance(delta, BlockMatrix):
         return _reduce_blocks(delta, context)
     if isinstance(delta, LowRankDelta) and context.rank.keeps_all(delta.rank) and delta.rank <= min(delta.shape):
-        return Cut(delta, delta.rank, delta.norm(), 0.0, exact=True)
+        gram = delta.gram()
+        return Cut(delta, delta.rank, delta.norm(gram=gram), 0.0, exact=True, gram=gram)
     svd = delta.core_svd() if isinstance(delta, LowRankDelta) else delta
     rank_in = delta.rank if isinstance(delta, LowRankDelta) else len(svd.S)
     return _cut(svd, context.rank.pick(svd.S), rank_in, float(svd.S.square().sum()))

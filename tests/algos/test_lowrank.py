@@ -341,6 +341,16 @@ def test_distance_is_the_norm_of_the_dense_difference(delta: LowRankDelta, seed:
     assert distance(delta, moved) == pytest.approx(expected, rel=1e-5, abs=1e-13 * (size(delta) + 1))
 
 
+@pytest.mark.parametrize("changed", ["B", "A", "both", "neither"])
+def test_a_gram_that_is_known_changes_no_norm_and_no_distance(changed: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    left = LowRankDelta(torch.randn(9, 4, generator=generator), torch.randn(4, 7, generator=generator))
+    right = LowRankDelta(left.B + 0.1 * (changed in ("B", "both")), left.A - 0.1 * (changed in ("A", "both")))
+    known = left.gram()
+    assert (left.norm(gram=known), distance(left, right, gram=known)) == (left.norm(), distance(left, right))
+    assert math.isclose(distance(left, right), float((left.to_dense() - right.to_dense()).norm()), rel_tol=1e-5, abs_tol=1e-9)
+
+
 def test_distance_to_itself_is_zero() -> None:
     delta = random_delta(0, 9, 8, 4)
     assert distance(delta, delta) == 0.0
