@@ -12,7 +12,7 @@ from app import logs
 from app.engine.processes import end_with_supervisor
 from app.main import create_app
 from app.settings import Settings
-from app.supervisor import FORKS, REFUSED, REFUSED_FOR_NOW, Ward, supervise
+from app.supervisor import FORKS, REFUSED, REFUSED_FOR_NOW, Ward, open_standard_streams, supervise
 
 _START_FAILED = 3
 _WORKER = "app.engine.worker"
@@ -21,6 +21,7 @@ _PRELOAD = ("app.engine.child",)
 
 def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None], forks: bool = FORKS) -> int:
     """Serve until SIGTERM or SIGINT: the exit code. Says where it listens once the socket is bound."""
+    open_standard_streams()
     logs.configure(settings.log_level)
     with _bind(settings) as listener:
         host, port = listener.getsockname()[:2]
@@ -28,13 +29,18 @@ def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None], 
         api = Ward("app.server", (str(listener.fileno()),), fds=(listener.fileno(),))
         # a worker that cannot have its devices never can; one whose name is taken may get it when the other has ended
         workers = [Ward(_WORKER, asks=True, fatal={REFUSED})] if worker else []
-        return supervise(settings, [api, *workers], preload=_PRELOAD if worker else (), forks=forks)
+        return _told(supervise(settings, [api, *workers], preload=_PRELOAD if worker else (), forks=forks))
 
 
 def run_worker(settings: Settings) -> int:
     """Work until SIGTERM or SIGINT: the exit code."""
+    open_standard_streams()
     logs.configure(settings.log_level)
-    code = supervise(settings, [Ward(_WORKER, asks=True)], preload=_PRELOAD)
+    return _told(supervise(settings, [Ward(_WORKER, asks=True)], preload=_PRELOAD))
+
+
+def _told(code: int) -> int:
+    """To who waits for us, refused is refused."""
     return REFUSED if code == REFUSED_FOR_NOW else code
 
 

@@ -1,6 +1,7 @@
 """`braid` without its seconds of imports: forks of a process that has imported everything and done nothing.
 
-What they are from then on does not differ: a process of its own, with its own environment, files, threads and children.
+What they are from then on does not differ: a process of its own, with its own environment, files, threads and children. Only
+what libraries read of the environment while they are imported is that of the tests.
 """
 
 import multiprocessing

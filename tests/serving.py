@@ -133,7 +133,9 @@ def environment_for(data_dir: Path) -> dict[str, str]:
 
 def stop(process: Process) -> None:
     """SIGTERM, then SIGKILL for it and whatever is left below it."""
-    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    below = []
+    with suppress(psutil.NoSuchProcess):  # it has ended already
+        below = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     try:
         process.wait(10)

@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 TASKS: TypeAdapter[Task] = TypeAdapter(Task)
 _OPEN_ADAPTERS = 64
-
-
 # mallopt: threads that merge side by side use one heap, and what they free goes back; heaps of their own keep 200 MiB more
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from app.engine.executor import Stopped, T, TaskFailed
 from app.engine.messages import Task
-from app.engine.processes import Process, Start
+from app.engine.processes import Launch, Process
 from app.errors import WorkerLost, problem
 from app.settings import Settings
 from storage.digest import Descriptor
@@ -31,7 +31,7 @@ class Child:
 
     device: str
     threads: int
-    begin: Start
+    launch: Launch
     process: Process | None = None
 
     def start(self) -> Process:
@@ -39,7 +39,7 @@ class Child:
         if self.process is not None and _is_ready(self.process.stdout, selectors.EVENT_READ, 0):
             self.kill()
         if self.process is None:
-            self.process = self.begin("app.engine.child", [self.device, str(self.threads)])
+            self.process = self.launch("app.engine.child", [self.device, str(self.threads)])
         return self.process
 
     def kill(self) -> None:
@@ -156,10 +156,10 @@ def threads_for(settings: Settings, devices: int) -> int:
     return settings.threads or max(1, (os.cpu_count() or 1) // devices)
 
 
-def open_pool(settings: Settings, devices: Sequence[str], begin: Start) -> LocalPool:
+def open_pool(settings: Settings, devices: Sequence[str], launch: Launch) -> LocalPool:
     """Start the children at once, so that the first job does not wait for them."""
     threads = threads_for(settings, len(devices))
-    pool = LocalPool(tuple(Child(device, threads, begin) for device in devices))
+    pool = LocalPool(tuple(Child(device, threads, launch) for device in devices))
     for child in pool.children:
         child.start()
         pool.free.put(child)

@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol, Self
 
 log = logging.getLogger(__name__)
 
-_LONGEST_LINE = 65536
+_LONGEST = 65536
 
 
 class Process(Protocol):
@@ -31,27 +31,27 @@ class Process(Protocol):
         """Returns once it is gone, whatever it was doing."""
 
 
-Start = Callable[[str, Sequence[str]], Process]  # of a module with main(settings, *arguments)
+Launch = Callable[[str, Sequence[str]], Process]  # of a module with main(settings, *arguments)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Launched:
     """A process that the supervisor started. It alone may kill it: it knows which ids are still those of its children."""
 
     pid: int
     stdin: IO[bytes]
     stdout: IO[bytes]
-    forks: "Forks"
+    supervisor: "Supervisor"
 
     def kill(self) -> None:
-        self.forks.ask({"kill": self.pid})
+        self.supervisor.ask({"kill": self.pid})
         self.stdin.close()
         self.stdout.close()
 
 
 @dataclass(frozen=True, slots=True)
-class Forks:
-    """The worker's end of its connection to the supervisor: one question at a time, each a line of JSON, as is the answer."""
+class Supervisor:
+    """As a worker sees it, over a connection: one question at a time, in JSON so short that it comes in one piece."""
 
     connection: socket.socket
     turn: threading.Lock = field(default_factory=threading.Lock)
@@ -60,7 +60,7 @@ class Forks:
     def inherited(cls, fd: int) -> Self:
         return cls(socket.socket(fileno=fd))
 
-    def start(self, module: str, arguments: Sequence[str]) -> Asked:
+    def launch(self, module: str, arguments: Sequence[str]) -> Launched:
         """Raises OSError if the system has no room for another process."""
         (their_stdin, stdin), (stdout, their_stdout) = os.pipe(), os.pipe()
         with ExitStack() as ours, ExitStack() as theirs:
@@ -69,26 +69,31 @@ class Forks:
             # unbuffered: of two answers the second must not hide in a buffer, where nobody waits for it
             to_it = ours.enter_context(os.fdopen(stdin, "wb", buffering=0))
             from_it = ours.enter_context(os.fdopen(stdout, "rb", buffering=0))
-            answer = self.ask({"start": [module, *arguments]}, their_stdin, their_stdout)
+            answer = self.ask({"launch": [module, *arguments]}, their_stdin, their_stdout)
             if "refused" in answer:
                 raise OSError(f"no process could be started: {answer['refused']}")
             ours.pop_all()
-        return Asked(answer["pid"], to_it, from_it, self)
+        return Launched(answer["pid"], to_it, from_it, self)
 
     def ask(self, question: dict[str, Any], *fds: int) -> dict[str, Any]:
-        """Raises ConnectionError if the supervisor is gone; this process is then about to end, too."""
+        """Ends this process if the supervisor is gone, as its lifeline is about to: an error would be the end of a job."""
         with self.turn:
-            socket.send_fds(self.connection, [json.dumps(question).encode() + b"\n"], fds)
-            answer = self.connection.recv(_LONGEST_LINE)
+            try:
+                socket.send_fds(self.connection, [json.dumps(question).encode()], fds)
+                answer = self.connection.recv(_LONGEST)
+            except ConnectionError:
+                answer = b""
         if not answer:
-            raise ConnectionError("the supervisor is gone")
+            os._exit(0)
         return dict(json.loads(answer))
 
 
 def question_from(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """The supervisor's end: what is asked and the descriptors that came with it. Empty where the worker is gone."""
-    line, fds, *_ = socket.recv_fds(connection, _LONGEST_LINE, 2)
-    return (json.loads(line) if line else {}), list(fds)
+    question, fds, *_ = socket.recv_fds(connection, _LONGEST, 2)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return (json.loads(question) if question else {}), list(fds)
 
 
 def end_with_supervisor() -> None:
@@ -98,5 +103,4 @@ def end_with_supervisor() -> None:
 
 def _end_with_input() -> None:
     os.read(0, 1)
-    log.info("ended with the supervisor")
-    os._exit(0)
+    os._exit(0)  # without a word: the log may be a pipe that nobody reads any more

@@ -18,7 +18,7 @@ from app.engine import workflow as stages
 from app.engine.devices import available
 from app.engine.executor import Stopped, TaskFailed
 from app.engine.local import LocalPool, open_pool
-from app.engine.processes import Forks, end_with_supervisor
+from app.engine.processes import Supervisor, end_with_supervisor
 from app.engine.queue import APPLICATION_VERSION, QUEUE, WORKFLOW, migrate, workflow_id
 from app.engine.workflow import Run
 from app.errors import WorkerBusy, WorkerLost, make_problem, problem
@@ -51,13 +51,13 @@ def main(settings: Settings, connection: str) -> None:
     """
     setproctitle(f"braid worker {settings.worker_id}")
     end_with_supervisor()
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
     services = Services.open(settings)
     with _only_one(services, settings.worker_id):
         migrate(services)
-        pool = open_pool(settings, available(settings.devices), Forks.inherited(int(connection)).start)
+        pool = open_pool(settings, available(settings.devices), Supervisor.inherited(int(connection)).launch)
+        stopped = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):  # until here they simply end us, whatever we wait for
+            signal.signal(number, lambda *_: stopped.set())
         # No unwinding from here: to stop is to crash, which is what every job is built to survive. Children end with our
         # pipes. Returning would free our name for another worker while DBOS's threads still run our jobs.
         os._exit(_work(services, pool, stopped))

@@ -1,20 +1,22 @@
 """Who is started again and who ends with whom, where processes are forks and where, as on macOS, they are started anew."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
 import psutil
 import pytest
 
-from app.engine.processes import Forks
+from app.engine.processes import Supervisor
 from making import make
-from serving import Server, announced, are_gone, environment_for, eventually, stopped
+from serving import Server, announced, are_gone, environment_for, eventually, start, stopped
 
 SHAPES = {f"layers.{n}.q_proj": (64, 64) for n in range(4)}
 SERVE = """
@@ -28,6 +30,7 @@ WARDS = ("child", "worker", "api")
 
 @contextmanager
 def supervising(data_dir: Path, how: str) -> Iterator[Server]:
+    data_dir.mkdir(exist_ok=True)
     log = data_dir / "service.log"
     with log.open("w") as errors, log.with_suffix(".out").open("w") as out:
         process = subprocess.Popen([sys.executable, "-c", SERVE, how], env=environment_for(data_dir), stdout=out, stderr=errors)
@@ -85,14 +88,18 @@ def test_a_child_ends_with_its_worker(service: Server) -> None:
 
 def test_no_process_holds_what_is_not_its_own(service: Server) -> None:
     """The socket that listens must be the API's alone: another that holds it would keep the port from the next service."""
-    port = service.http.base_url.port
-    listening = {
+    pids(service)
+    assert listeners(service) == {"supervisor", "api"}
+
+
+def listeners(server: Server) -> set[str]:
+    """Who holds the socket at the service's address."""
+    return {
         name
-        for name, process in service.processes().items()
+        for name, process in server.processes().items()
         for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == server.http.base_url.port
     }
-    assert listening == {"supervisor", "api"}
 
 
 @pytest.mark.parametrize("how", ["forks", "starts anew"])
@@ -115,36 +122,72 @@ def test_what_a_worker_cannot_have_ends_the_service_with_a_sentence(tmp_path: Pa
     assert "cuda:77 is not on this machine" in ran.stderr
 
 
+@pytest.mark.parametrize("moment", range(8))
+def test_a_service_that_only_begins_can_be_stopped(tmp_path: Path, moment: int) -> None:
+    """In the half of a second in which its processes start, whatever they wait for."""
+    log = tmp_path / "service.log"
+    process = start("serve", "--port", "0", data_dir=tmp_path, log=log)
+    with stopped(process):
+        announced(process, log)
+        time.sleep(0.06 * moment)
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_closed_standard_streams_do_no_harm(tmp_path: Path, closed: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "service.log").open("w") as errors:
+        environment = {**environment_for(tmp_path), "BRAID_PORT": str(port)}
+        command = ["sh", "-c", f'exec "{sys.executable}" -m app.cli serve {closed}']
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+    with stopped(process), httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        server = Server(f"http://127.0.0.1:{port}", tmp_path, process, tmp_path / "service.log", http)
+        eventually(lambda: answers(server) or None, wait_s=60)
+        assert merges(server, 1.0)
+        assert listeners(server) == {"supervisor", "api"}
+        family = list(server.processes().values())
+        process.kill()
+        eventually(lambda: are_gone(family) or None, wait_s=3)
+
+
+def answers(server: Server) -> bool:
+    with suppress(httpx2.TransportError):
+        return server.http.get("/readyz").status_code == 200
+    return False
+
+
 # what a worker asks
 
 
 @pytest.fixture
-def forks() -> Iterator[tuple[Forks, socket.socket]]:
+def line() -> Iterator[tuple[Supervisor, socket.socket]]:
     """A worker's end of a connection, and the supervisor's, which is ours here."""
     theirs, ours = socket.socketpair()
     with theirs, ours:
-        yield Forks(theirs), ours
+        yield Supervisor(theirs), ours
 
 
-def test_a_worker_whose_supervisor_is_gone_is_told_so(forks: tuple[Forks, socket.socket]) -> None:
-    worker, supervisor = forks
+def test_a_worker_whose_supervisor_is_gone_ends_and_fails_no_job(line: tuple[Supervisor, socket.socket]) -> None:
+    worker, supervisor = line
     supervisor.close()
-    with pytest.raises(ConnectionError):
-        worker.start("app.engine.child", ["cpu", "1"])
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            worker.launch("app.engine.child", ["cpu", "1"])
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_start_that_failed_leaves_no_pipe_open(forks: tuple[Forks, socket.socket]) -> None:
-    worker, supervisor = forks
-    supervisor.close()
+def test_a_start_that_the_system_refuses_is_told_and_leaves_no_pipe_open(line: tuple[Supervisor, socket.socket]) -> None:
+    worker, supervisor = line
     before = psutil.Process().num_fds()
     for _ in range(5):
-        with pytest.raises(ConnectionError):
-            worker.start("app.engine.child", ["cpu", "1"])
+        supervisor.send(json.dumps({"refused": "Cannot allocate memory"}).encode())
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            worker.launch("app.engine.child", ["cpu", "1"])
     assert psutil.Process().num_fds() == before
-
-
-def test_a_start_that_the_system_refuses_is_told(forks: tuple[Forks, socket.socket]) -> None:
-    worker, supervisor = forks
-    supervisor.send(json.dumps({"refused": "Cannot allocate memory"}).encode())
-    with pytest.raises(OSError, match="Cannot allocate memory"):
-        worker.start("app.engine.child", ["cpu", "1"])
