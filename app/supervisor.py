@@ -132,7 +132,7 @@ def _own() -> Iterator[_Own]:
 
 @dataclass(eq=False)
 class _Family:
-    """All processes below this one. children: those that wards asked for."""
+    """All processes below this one. children: those that wards asked for.  dead: wards that nobody has looked after since."""
 
     settings: Settings
     lives: Sequence[_Life]

@@ -4,7 +4,6 @@ A worker has threads, so it must not fork; the supervisor has none.
 """
 
 import json
-import logging
 import os
 import socket
 import threading
@@ -12,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, Self
-
-log = logging.getLogger(__name__)
 
 _LONGEST = 65536
 
