@@ -280,7 +280,8 @@ class _Family:
         while self.dead:
             life, code = self.dead.pop(0)
             if life.deaths == 0 and code in life.ward.fatal:
-                log.error("%s ended with %d, and with it the service", life.ward.module, code)
+                if code not in (REFUSED, REFUSED_FOR_NOW):  # which told its own sentence
+                    log.error("%s ended with %d, and with it the service", life.ward.module, code)
                 return code
             life.end()
             log.warning("%s ended with %d; starting it again in %.1f s", life.ward.module, code, life.pause_s)
