@@ -60,7 +60,7 @@ def worker(data_dir: DataDir = None) -> None:
     Example: `BRAID_WORKER_ID=gpu-1 BRAID_DEVICES=cuda:0,cuda:1 braid worker --data-dir ./data`
     """
     settings = _settings(data_dir=data_dir)
-    from app.server import run_worker
+    from app.supervisor import run_worker
 
     with _problems_told():
         raise typer.Exit(run_worker(settings))

@@ -1,9 +1,10 @@
-"""`braid serve` and `braid worker`: which processes there are, and the one that holds the API."""
+"""`braid serve`: which processes there are, and the one that holds the API."""
 
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import uvicorn
 from setproctitle import setproctitle
@@ -12,11 +13,9 @@ from app import logs
 from app.engine.processes import end_with_supervisor
 from app.main import create_app
 from app.settings import Settings
-from app.supervisor import FORKS, REFUSED, REFUSED_FOR_NOW, Ward, open_standard_streams, supervise
+from app.supervisor import FORKS, REFUSED, WORKER, Ward, open_standard_streams, supervise
 
 _START_FAILED = 3
-_WORKER = "app.engine.worker"
-_PRELOAD = ("app.engine.child",)
 
 
 def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None], forks: bool = FORKS) -> int:
@@ -28,20 +27,8 @@ def run_server(settings: Settings, *, worker: bool, say: Callable[[str], None], 
         say(f"Braid listens on http://{f'[{host}]' if ':' in host else host}:{port}")
         api = Ward("app.server", (str(listener.fileno()),), fds=(listener.fileno(),))
         # a worker that cannot have its devices never can; one whose name is taken may get it when the other has ended
-        workers = [Ward(_WORKER, asks=True, fatal={REFUSED})] if worker else []
-        return _told(supervise(settings, [api, *workers], preload=_PRELOAD if worker else (), forks=forks))
-
-
-def run_worker(settings: Settings) -> int:
-    """Work until SIGTERM or SIGINT: the exit code."""
-    open_standard_streams()
-    logs.configure(settings.log_level)
-    return _told(supervise(settings, [Ward(_WORKER, asks=True)], preload=_PRELOAD))
-
-
-def _told(code: int) -> int:
-    """To who waits for us, refused is refused."""
-    return REFUSED if code == REFUSED_FOR_NOW else code
+        workers = [replace(WORKER, fatal={REFUSED})] if worker else []
+        return supervise(settings, [api, *workers], forks=forks)
 
 
 def main(settings: Settings, listener: str) -> None:

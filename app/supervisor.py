@@ -43,15 +43,18 @@ FORKS = sys.platform != "darwin"
 class Ward:
     """A process to keep alive: main(settings, *arguments) of a module. Whoever ends, or is ended, is started again.
 
-    fds: what it inherits under the same numbers.  asks: it gets one more argument, the number of its end of a connection, to
-    ask for children of its own.  fatal: exit codes of its first life that say that no other would do better.
+    fds: what it inherits under the same numbers.  child: the module of the children that it may ask for; then it gets one more
+    argument, the number of its end of a connection.  fatal: exit codes of its first life that say that no other would do better.
     """
 
     module: str
     arguments: tuple[str, ...] = ()
     fds: tuple[int, ...] = ()
-    asks: bool = False
+    child: str | None = None
     fatal: Collection[int] = range(1, 256)
+
+
+WORKER = Ward("app.engine.worker", child="app.engine.child")
 
 
 @dataclass(eq=False)
@@ -89,15 +92,23 @@ class _Own:
         return self.lifeline, self.held, self.woken.fileno(), self.waker.fileno()
 
 
-def supervise(settings: Settings, wards: Sequence[Ward], *, preload: Sequence[str] = (), forks: bool = FORKS) -> int:
+def run_worker(settings: Settings) -> int:
+    """`braid worker`: a worker without an API, until SIGTERM or SIGINT. The exit code."""
+    open_standard_streams()
+    logs.configure(settings.log_level)
+    return supervise(settings, [WORKER])
+
+
+def supervise(settings: Settings, wards: Sequence[Ward], *, forks: bool = FORKS) -> int:
     """Keep them alive until SIGTERM, SIGINT, or an end that is fatal. The exit code: 0 if told to stop."""
-    for module in (*(ward.module for ward in wards), *preload) if forks else ():
+    for module in (name for ward in wards for name in (ward.module, ward.child) if name and forks):
         importlib.import_module(module)
     gc.freeze()  # else each process would copy all memory when it first collects garbage
     with _own() as own:
         family = _Family(settings, [_Life(ward) for ward in wards], own, forks)
         try:
-            return family.live()
+            code = family.live()
+            return REFUSED if code == REFUSED_FOR_NOW else code  # the difference is ours
         finally:
             family.end()
 
@@ -193,7 +204,7 @@ class _Family:
         ward, arguments, fds = life.ward, life.ward.arguments, life.ward.fds
         life.started = time.monotonic()
         with contextlib.ExitStack() as stack:
-            if ward.asks:
+            if ward.child:
                 life.connection, theirs = socket.socketpair()
                 stack.enter_context(theirs)
                 arguments, fds = (*arguments, str(theirs.fileno())), (*fds, theirs.fileno())

@@ -125,7 +125,8 @@ class LowRankDelta:
 
     def inner(self, other: "LowRankDelta") -> float:
         """Frobenius inner product `<B1 A1, B2 A2>`, accumulated in float64."""
-        left, right = _products(self.B, other.B), _products(self.A.mT, other.A.mT)  # (k1, k2)
+        left = _products(self.B, other.B)  # (k1, k2)
+        right = self.gram() if other is self else _products(self.A.mT, other.A.mT)
         return float((left * right).sum().item())
 
     def norm(self, *, gram: Tensor | None = None) -> float:

@@ -18,7 +18,7 @@ from app.services import Services
 from app.settings import Settings
 from forked import Forked
 from making import make
-from serving import Server, are_gone, eventually, serving, start, stop
+from serving import Server, are_gone, eventually, serving, start, stopped
 from storage.digest import Digest
 from storage.layout import Layout
 
@@ -46,11 +46,9 @@ def opened(data_dir: Path) -> Services:
 def worker(data_dir: Path, log: Path, **environment: str) -> Iterator[Forked]:
     """A `braid worker` that takes jobs."""
     process = start("worker", data_dir=data_dir, log=log, environment=environment)
-    try:
+    with stopped(process):
         eventually(lambda: "takes jobs on" in log.read_text() or None, wait_s=60)
         yield process
-    finally:
-        stop(process)
 
 
 def starts_of(log: Path) -> int:
@@ -184,12 +182,8 @@ def test_a_gpu_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("_time", range(2))
 def test_api_and_worker_may_start_at_once_on_an_empty_directory(tmp_path: Path, _time: int) -> None:
     log = tmp_path / "worker.log"
-    other = start("worker", data_dir=tmp_path, log=log)
-    try:
-        with serving(tmp_path, "--no-worker"):
-            eventually(lambda: "takes jobs on" in log.read_text() or None, wait_s=60)
-    finally:
-        stop(other)
+    with stopped(start("worker", data_dir=tmp_path, log=log)), serving(tmp_path, "--no-worker"):
+        eventually(lambda: "takes jobs on" in log.read_text() or None, wait_s=60)
     assert "Traceback" not in log.read_text() + (tmp_path / "service.log").read_text()
 
 
