@@ -1,6 +1,7 @@
 """Where bytes and deltas meet, the only such place: a stored adapter becomes deltas, merged deltas become a stored adapter."""
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +41,7 @@ _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenAdapter:
-    """A stored adapter, its weights mapped: `delta` reads one module and lets its pages go again."""
+    """A stored adapter, its weights file open: `delta` reads one module."""
 
     manifest: AdapterManifest
     spec: AdapterSpec
@@ -176,18 +176,17 @@ def put_tensors(blobs: BlobStore, specs: Sequence[TensorSpec], tensor: Callable[
 
 
 def read_tensor(tensors: TensorFile, name: str) -> Tensor:
-    """A copy of one tensor; its mapped pages are given back, so walking through a file costs one tensor of memory."""
+    """One tensor, in memory of its own."""
     info = tensors.header.tensors[name]
     return read_tensor_bytes(tensors, name).view(_torch_dtype(info.dtype)).reshape(info.shape)
 
 
 def read_slices(tensors: TensorFile, name: str, slices: tuple[slice, ...]) -> Tensor:
-    """A copy of a part of a tensor: reading every part of it once costs as much as reading it once."""
-    info, dtype = tensors.header.tensors[name], _torch_dtype(tensors.header.tensors[name].dtype)
-    whole = np.frombuffer(tensors.view(name), np.uint8).reshape(*info.shape, dtype.itemsize)
-    part = torch.from_numpy(np.array(whole[slices]))
-    tensors.release(name)
-    return part.view(dtype)[..., 0]
+    """A part of a tensor, in memory of its own. Of the rows that the first slice leaves out, those at the ends are not read."""
+    info = tensors.header.tensors[name]
+    rows = range(info.shape[0])[slices[0]]
+    held = read_rows(tensors, name, rows.start, rows.stop, math.prod(info.shape[1:])).reshape(-1, *info.shape[1:])
+    return held[(slice(None, None, rows.step), *slices[1:])].clone(memory_format=torch.contiguous_format)
 
 
 def _torch_dtype(spelling: str) -> torch.dtype:
@@ -196,11 +195,20 @@ def _torch_dtype(spelling: str) -> torch.dtype:
 
 def read_tensor_bytes(tensors: TensorFile, name: str) -> Tensor:
     """The same as 1-D uint8, whatever its type."""
-    if tensors.header.tensors[name].size_bytes == 0:
-        return torch.zeros(0, dtype=torch.uint8)
-    copied = bytearray(tensors.view(name))
-    tensors.release(name)
-    return torch.frombuffer(copied, dtype=torch.uint8)
+    return _read(tensors, name, 0, tensors.header.tensors[name].size_bytes)
+
+
+def read_rows(tensors: TensorFile, name: str, start: int, stop: int, d_in: int) -> Tensor:
+    """Some rows of a tensor, read as a matrix of d_in columns."""
+    dtype = _torch_dtype(tensors.header.tensors[name].dtype)
+    row_bytes = d_in * dtype.itemsize
+    return _read(tensors, name, start * row_bytes, stop * row_bytes).view(dtype).reshape(stop - start, d_in)
+
+
+def _read(tensors: TensorFile, name: str, start: int, stop: int) -> Tensor:
+    data = torch.empty(stop - start, dtype=torch.uint8)
+    tensors.read_into(name, data.numpy().data, start)
+    return data
 
 
 def put_adapter(
@@ -227,15 +235,6 @@ def put_adapter(
         return joined(tensors[name], [factor(part) for part in tensors[name].factors])
 
     return put_tensors(blobs, [*specs, *beside], tensor)
-
-
-def read_rows(tensors: TensorFile, name: str, start: int, stop: int, d_in: int) -> Tensor:
-    """A copy of some rows of a tensor read as a matrix of d_in columns; the pages it mapped are given back."""
-    dtype = TORCH_DTYPES[tensors.header.tensors[name].dtype]
-    row_bytes = d_in * dtype.itemsize
-    copied = bytearray(tensors.view(name)[start * row_bytes : stop * row_bytes])
-    tensors.release(name)
-    return torch.frombuffer(copied, dtype=dtype).reshape(stop - start, d_in)
 
 
 def _describe(blobs: BlobStore, config: Descriptor | None, tensors: TensorFile) -> AdapterSpec:

@@ -50,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenBasis:
-    """A stored basis, mapped: reading a task touches the shared parts and its own."""
+    """A stored basis, its file open: reading a task touches the shared parts and its own."""
 
     manifest: BasisManifest
     contents: Mapping[str, Any]
@@ -142,7 +142,7 @@ def put_packing(blobs: BlobStore, packing: Packing, earlier: Sequence[Descriptor
         files = [stack.enter_context(open_tensors(blobs.path(part.digest))) for part in earlier]
         where = {name: file for file in files for name in file.header.tensors}
         specs = [*(TensorSpec(name, "U8", where[name].header.tensors[name].shape) for name in where), *packing.specs]
-        chunks = lambda name: [where[name].view(name)] if name in where else packing.chunks(name)  # noqa: E731
+        chunks = lambda name: where[name].chunks(name) if name in where else packing.chunks(name)  # noqa: E731
         return blobs.put(write(layout(specs), chunks), media_type=MEDIA_TENSORS)
 
 

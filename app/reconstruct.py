@@ -120,7 +120,7 @@ def _verbatim(
 ) -> tuple[tuple[Descriptor | None, Descriptor], dict[str, Any]]:
     """The adapter's own two files. Raises DigestMismatch if they are not."""
     layout = opened.group(place)["layout"]
-    config, weights = unpack(layout, place.position, opened.tensors.view)
+    config, weights = unpack(layout, place.position, opened.tensors.read)
     expected = Descriptor.from_json(layout["tasks"][place.position]["weights"]).digest
     parts = (
         services.blobs.put([config], media_type=MEDIA_JSON) if config else None,

@@ -6,15 +6,18 @@ from typing import BinaryIO, Protocol
 
 from storage.digest import Descriptor, Digest
 
+Chunk = bytes | bytearray | memoryview
+
 
 class BlobStore(Protocol):
     """Content-addressed bytes. A blob exists whole or not at all, and never changes."""
 
     def put(
-        self, chunks: Iterable[bytes], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
+        self, chunks: Iterable[Chunk], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
     ) -> Descriptor:
         """Store the concatenation of `chunks` under the sha256 computed here; storing the same bytes again is a no-op.
 
+        A chunk may still be read when the next is asked for, so it must not change.
         Raises DigestMismatch if `expected` is given and differs, BlobTooLarge past `limit_bytes`,
         StoreFull if the backend has no room. After an error, or a kill at any moment, no blob has appeared.
         """
@@ -29,7 +32,7 @@ class BlobStore(Protocol):
         ...
 
     def path(self, digest: Digest) -> Path:
-        """A local read-only file of exactly these bytes, for mmap. Raises BlobNotFound."""
+        """A local read-only file of exactly these bytes. Raises BlobNotFound."""
         ...
 
     def digests(self) -> Iterator[Digest]:

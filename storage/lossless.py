@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from storage.blobs import Chunk
 from storage.digest import Descriptor, Digest
 from storage.errors import DigestMismatch, InvalidTensorFile
 from storage.manifest import MEDIA_JSON, MEDIA_TENSORS
@@ -99,7 +100,7 @@ def pack(originals: Sequence[Original], prefix: str = "0") -> Packing:
     return Packing(_specs(layout), layout, parts)
 
 
-def unpack(layout: Mapping[str, Any], task: int, view: Callable[[str], bytes | memoryview]) -> tuple[bytes, Iterator[bytes]]:
+def unpack(layout: Mapping[str, Any], task: int, view: Callable[[str], Chunk]) -> tuple[bytes, Iterator[bytes]]:
     """The config of original number `task`, and the bytes of its weights file in order, in chunks of any size.
 
     view: gives the bytes of a packed tensor. It is called for the parts of that task alone, when their turn comes; a
@@ -186,7 +187,7 @@ def _deflate(data: bytes, strategy: int) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
-def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], view: Callable[[str], bytes | memoryview]) -> Iterator[bytes]:
+def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], view: Callable[[str], Chunk]) -> Iterator[bytes]:
     """Raises InvalidTensorFile as soon as a part does not fit, DigestMismatch at the end."""
     whole = hashlib.sha256()
     for part in file["parts"]:
@@ -198,7 +199,7 @@ def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], view: Callable
         raise DigestMismatch(str(expected), str(got))
 
 
-def _joined(blocks: Iterable[Sequence[int]], name: str, view: Callable[[str], bytes | memoryview]) -> Iterator[bytes]:
+def _joined(blocks: Iterable[Sequence[int]], name: str, view: Callable[[str], Chunk]) -> Iterator[bytes]:
     rest = memoryview(view(name) if blocks else b"")
     for size_bytes, *stored in blocks:
         block, planes = bytearray(size_bytes), len(stored)

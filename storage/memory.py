@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from storage.blobs import Chunk
 from storage.digest import Descriptor, Digest
 from storage.errors import BlobNotFound
 from storage.files import FileBlobs, capped, require
@@ -28,9 +29,9 @@ class MemoryBlobs:
     _held: dict[Digest, _Held] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def put(
-        self, chunks: Iterable[bytes], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
+        self, chunks: Iterable[Chunk], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
     ) -> Descriptor:
-        data = b"".join(capped(chunks, limit_bytes=limit_bytes))
+        data = b"".join(bytes(chunk) for chunk in capped(chunks, limit_bytes=limit_bytes))
         digest = Digest.of(data)
         require(digest, expected)
         self._held[digest] = _Held(data, time.monotonic())

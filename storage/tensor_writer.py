@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from storage.blobs import Chunk
 from storage.errors import InvalidTensorFile
-from storage.tensors import ITEM_BYTES, LENGTH_BYTES, TensorInfo, check_name, read_header, tensor_size
-
-PIECE_BYTES = 1024 * 1024
+from storage.tensors import ITEM_BYTES, LENGTH_BYTES, PIECE_BYTES, TensorInfo, check_name, read_header, tensor_size
 
 _ALIGNMENT_BYTES = 8  # the data section starts at a multiple of it
 _RANK = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
@@ -65,8 +64,10 @@ def layout(specs: Sequence[TensorSpec]) -> Layout:
     return Layout(header, tuple(checked.tensors.values()))
 
 
-def write(plan: Layout, tensor_bytes: Callable[[str], Iterable[bytes | bytearray | memoryview]]) -> Iterator[bytes]:
+def write(plan: Layout, tensor_bytes: Callable[[str], Iterable[Chunk]]) -> Iterator[Chunk]:
     """The file's bytes in order, in pieces of at most PIECE_BYTES after the header, for BlobStore.put.
+
+    A piece is a view of the bytes that were given.
 
     tensor_bytes: called once per tensor, in file order, when its turn comes; gives the row-major little-endian bytes
     in chunks of any size. Raises InvalidTensorFile as soon as a tensor has too many bytes, or ends with too few.
@@ -98,10 +99,10 @@ def _framed(text: str) -> bytes:
     return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
 
 
-def _pieces(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[bytes]:
+def _pieces(chunks: Iterable[Chunk]) -> Iterator[memoryview]:
     for chunk in chunks:
         if memoryview(chunk).nbytes == 0:  # cast() refuses a shape with a zero in it
             continue
         flat = memoryview(chunk).cast("B")
         for start in range(0, len(flat), PIECE_BYTES):
-            yield bytes(flat[start : start + PIECE_BYTES])
+            yield flat[start : start + PIECE_BYTES]

@@ -1,18 +1,16 @@
 """Reading safetensors files that strangers wrote: the header is checked here before any library sees the file.
 
 The safetensors library itself accepts names that stand twice (the last one wins), `../` and NUL in names, 5000
-dimensions and headers that cost ten times their size in memory. Reading is by memory map, so tensors are never copied
-here, and a caller that walks through a file with `view` and `release` keeps one tensor resident, not the whole file.
+dimensions and headers that cost ten times their size in memory. Reading is by position, not by memory map: the copy is made
+by the kernel, while other threads compute, and a file that somebody cuts short is an error, not the end of the process.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
-import contextlib
 import json
 import math
-import mmap
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +22,7 @@ MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NAME_CHARS = 512
+PIECE_BYTES = 1024 * 1024
 LENGTH_BYTES = 8  # the file opens with the header's length, little-endian
 
 # Bytes per element. The order is meaning: safetensors 0.8 lays tensors out by it, and the writer relies on that.
@@ -66,33 +65,55 @@ class Header:
     data_start: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorFile:
-    """A checked file, mapped read-only. A view that outlives the `with` block stays valid; it keeps the map alive."""
+class _Descriptor:
+    """A file descriptor that is closed by hand, or with the last that could read from it."""
 
-    header: Header
-    mapped: mmap.mmap
-
-    def view(self, name: str) -> memoryview:
-        """The tensor's bytes, uncopied and read-only. The address may be unaligned: the format promises no alignment."""
-        start, end = self._span(name)
-        return memoryview(self.mapped)[start:end]
-
-    def release(self, name: str) -> None:
-        """Let the tensor's pages go, so that they stop counting as ours. Views stay valid and read the file again."""
-        start, end = self._span(name)
-        first = start - start % mmap.PAGESIZE  # neighbours on a shared page are read again when touched
-        if end > start:
-            self.mapped.madvise(mmap.MADV_DONTNEED, first, end - first)
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        # A view or a tensor made from it may still point into the map; the map then goes with the last of them.
-        with contextlib.suppress(BufferError):
-            self.mapped.close()
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
 
-    def _span(self, name: str) -> tuple[int, int]:
-        info = self.header.tensors[name]
-        return self.header.data_start + info.start, self.header.data_start + info.end
+    __del__ = close
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorFile:
+    """A checked file, open for reading: by position, so any number of threads may read at once."""
+
+    header: Header
+    descriptor: _Descriptor
+
+    def read_into(self, name: str, buffer: bytearray | memoryview, start: int = 0) -> None:
+        """Fill the buffer with the tensor's bytes from `start` on. Raises InvalidTensorFile if the file ends before that."""
+        info, rest = self.header.tensors[name], memoryview(buffer).cast("B")
+        at = self.header.data_start + info.start + start
+        assert start + len(rest) <= info.size_bytes, f"{name} has {info.size_bytes} bytes"
+        while rest:  # one call gives 2 GiB at most
+            got = os.preadv(self.descriptor.number, [rest], at)
+            if not got:
+                raise InvalidTensorFile(f"the file ends {len(rest)} bytes early", name)
+            rest, at = rest[got:], at + got
+
+    def read(self, name: str) -> bytearray:
+        """All of the tensor's bytes."""
+        return self._part(name, 0, self.header.tensors[name].size_bytes)
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """The same, in pieces of at most PIECE_BYTES."""
+        size_bytes = self.header.tensors[name].size_bytes
+        for start in range(0, size_bytes, PIECE_BYTES):
+            yield self._part(name, start, min(start + PIECE_BYTES, size_bytes))
+
+    def close(self) -> None:
+        self.descriptor.close()
+
+    def _part(self, name: str, start: int, stop: int) -> bytearray:
+        part = bytearray(stop - start)
+        self.read_into(name, part, start)
+        return part
 
     def __enter__(self) -> Self:
         return self
@@ -102,10 +123,10 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Check the file's header and map it. Raises InvalidTensorFile."""
-    with path.open("rb") as stream:
-        header = read_header(stream, os.fstat(stream.fileno()).st_size)
-        return TensorFile(header, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    """Check the file's header and keep it open. Raises InvalidTensorFile."""
+    descriptor = _Descriptor(path)
+    with open(descriptor.number, "rb", closefd=False) as stream:
+        return TensorFile(read_header(stream, os.fstat(descriptor.number).st_size), descriptor)
 
 
 def read_header(stream: BinaryIO, size_bytes: int) -> Header:

@@ -26,7 +26,7 @@ TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenModel:
-    """One model, its weights mapped. files: tensor -> the file that holds it."""
+    """One model, its weights open. files: tensor -> the file that holds it."""
 
     which: Literal["base", "tuned"]
     manifest: BaseManifest
@@ -63,8 +63,8 @@ class OpenPair:
         types = [model.info(tensor).dtype for model in (self.base, self.tuned)]
         if all(dtype in TORCH_DTYPES for dtype in types):
             return True
-        views = [model.files[tensor].view(tensor) for model in (self.base, self.tuned)]
-        if types[0] != types[1] or views[0] != views[1]:
+        chunks = [model.files[tensor].chunks(tensor) for model in (self.base, self.tuned)]
+        if types[0] != types[1] or any(own != other for own, other in zip(*chunks, strict=True)):
             raise IncomparableTensor(tensor, f"its types {' and '.join(types)} have no exact difference")
         return False
 

@@ -62,7 +62,7 @@ def views(packing: Packing) -> Callable[[str], bytes]:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(packed(packing))
         with open_tensors(Path(file.name)) as tensors:
-            return {name: bytes(tensors.view(name)) for name in tensors.header.tensors}.__getitem__
+            return {name: tensors.read(name) for name in tensors.header.tensors}.__getitem__
 
 
 def restored(packing: Packing) -> list[Files]:

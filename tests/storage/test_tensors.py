@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,34 +60,45 @@ def _lora(tmp_path: Path) -> Path:
     return path
 
 
-def test_views_are_the_tensors_bytes(lora: Path) -> None:
+def test_what_is_read_are_the_tensors_bytes(lora: Path) -> None:
     with open_tensors(lora) as file:
-        assert all(bytes(file.view(name)) == contents(name) for name in LORA)
+        assert all(file.read(name) == contents(name) for name in LORA)
+        assert all(b"".join(file.chunks(name)) == contents(name) for name in LORA)
 
 
-def test_views_are_read_only(lora: Path) -> None:
+def test_any_part_can_be_read_into_memory_that_is_there(lora: Path) -> None:
+    part = bytearray(5)
     with open_tensors(lora) as file:
-        assert file.view("scalar").readonly
+        file.read_into("base_model.model.layers.0.q_proj.lora_B.weight", memoryview(part)[1:4], start=2)
+    assert part == b"\0" + contents("base_model.model.layers.0.q_proj.lora_B.weight")[2:5] + b"\0"
 
 
-def test_a_released_tensor_can_be_read_again(lora: Path) -> None:
+def test_threads_read_one_file_side_by_side(lora: Path) -> None:
+    with open_tensors(lora) as file, ThreadPoolExecutor(8) as pool:
+        names = list(LORA) * 200
+        assert list(pool.map(file.read, names)) == [contents(name) for name in names]
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened_is_an_error(lora: Path) -> None:
     with open_tensors(lora) as file:
-        views = {name: file.view(name) for name in LORA}
-        for name in LORA:
-            file.release(name)
-        assert all(bytes(views[name]) == contents(name) for name in LORA)
+        last = list(file.header.tensors)[-1]
+        os.truncate(lora, len(FILE) - 1)
+        with pytest.raises(InvalidTensorFile, match="ends 1 bytes early") as caught:
+            file.read(last)
+    assert caught.value.tensor == last
 
 
-def test_a_view_outlives_the_file(lora: Path) -> None:
+def test_a_file_is_closed_by_hand_or_with_its_last_reader(lora: Path) -> None:
+    numbers = Path("/proc/self/fd")
+    before = len(list(numbers.iterdir()))
     with open_tensors(lora) as file:
-        view = file.view("odd")
-    assert bytes(view) == contents("odd")
-
-
-def test_an_unheld_file_is_unmapped(lora: Path) -> None:
-    with open_tensors(lora) as file:
-        pass
-    assert file.mapped.closed
+        kept = replace(file)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        kept.read("odd")
+    file = open_tensors(lora)
+    assert len(list(numbers.iterdir())) == before + 1
+    del file
+    assert len(list(numbers.iterdir())) == before
 
 
 def test_tensors_come_in_file_order_whatever_the_header_says() -> None:
@@ -318,12 +332,10 @@ def resident_kb():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
 
 with open_tensors(Path(sys.argv[1])) as file:
-    before, peak = resident_kb(), 0
+    before, peak, kept = resident_kb(), 0, []
     for name in file.header.tensors:
-        file.view(name)[::4096].tobytes()
+        kept = [file.read(name)] + (kept if sys.argv[2] == "keep" else [])
         peak = max(peak, resident_kb())
-        if sys.argv[2] == "release":
-            file.release(name)
 print(peak - before)
 """
 
@@ -351,10 +363,10 @@ def _growth_mib(large: Path) -> Callable[[str], float]:
 
 
 def test_walking_a_large_file_keeps_memory_flat(growth_mib: Callable[[str], float]) -> None:
-    assert growth_mib("release") < 60
+    assert growth_mib("let go") < 60
 
 
-def test_without_release_the_walk_would_hold_the_whole_file(growth_mib: Callable[[str], float]) -> None:
+def test_who_keeps_what_was_read_holds_the_whole_file(growth_mib: Callable[[str], float]) -> None:
     assert growth_mib("keep") > 200
 
 
