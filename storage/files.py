@@ -10,15 +10,24 @@ import io
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Self, TypeVar
 
+from storage.blobs import Chunk
 from storage.digest import Descriptor, Digest
 from storage.errors import BlobNotFound, BlobTooLarge, DigestMismatch, StoreFull
 from storage.layout import Layout
+
+T = TypeVar("T")
+
+_SYNC_BYTES = 64 * 1024 * 1024  # are sent to the disk while more is written
+_SMALL_BYTES = 128 * 1024  # are hashed in less time than it takes to have it done
+_BEHIND = 4  # chunks
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -30,7 +39,7 @@ class FileBlobs:
     root: Path
 
     def put(
-        self, chunks: Iterable[bytes], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
+        self, chunks: Iterable[Chunk], *, media_type: str, expected: Digest | None = None, limit_bytes: int | None = None
     ) -> Descriptor:
         with self._incoming() as (temp, file):
             digest, size_bytes = _pour(chunks, file, limit_bytes=limit_bytes)
@@ -116,7 +125,7 @@ class FileBlobs:
             _sync_dir(blob.parent.parent)
 
 
-def capped(chunks: Iterable[bytes], *, limit_bytes: int | None) -> Iterator[bytes]:
+def capped(chunks: Iterable[Chunk], *, limit_bytes: int | None) -> Iterator[Chunk]:
     """The same chunks. Raises BlobTooLarge instead of yielding the chunk that passes the limit."""
     total_bytes = 0
     for chunk in chunks:
@@ -132,16 +141,54 @@ def require(got: Digest, expected: Digest | None) -> None:
         raise DigestMismatch(str(expected), str(got))
 
 
-def _pour(chunks: Iterable[bytes], file: io.FileIO, *, limit_bytes: int | None) -> tuple[Digest, int]:
-    hasher, size_bytes = hashlib.sha256(), 0
-    for chunk in capped(chunks, limit_bytes=limit_bytes):
-        hasher.update(chunk)
-        _write(file, chunk)
-        size_bytes += len(chunk)
+def _pour(chunks: Iterable[Chunk], file: io.FileIO, *, limit_bytes: int | None) -> tuple[Digest, int]:
+    """Write, while one thread hashes what is being written, and another sends to the disk what has been."""
+    hasher, size_bytes, synced_bytes = hashlib.sha256(), 0, 0
+    with _Beside() as hashing, _Beside() as syncing:
+        for chunk in capped(chunks, limit_bytes=limit_bytes):
+            hashing.call(hasher.update, chunk, at_once=len(chunk) < _SMALL_BYTES)
+            _write(file, chunk)
+            size_bytes += len(chunk)
+            if size_bytes - synced_bytes >= _SYNC_BYTES and syncing.is_idle:
+                syncing.call(_sync, file)
+                synced_bytes = size_bytes
     return Digest(hasher.hexdigest()), size_bytes
 
 
-def _write(file: io.FileIO, chunk: bytes) -> None:
+class _Beside:
+    """A thread that makes calls in their order, a few behind whoever asks for them. It starts with the first.
+
+    What a call raises is raised by a later one, or at the end: a disk tells its failure once, so it may not get lost.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: deque[Future[Any]] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        return all(call.done() for call in self._begun)
+
+    def call(self, function: Callable[[T], object], argument: T, *, at_once: bool = False) -> None:
+        """at_once: if nothing is ahead of it, in the caller's thread."""
+        if at_once and self.is_idle:
+            function(argument)
+            return
+        self._begun.append(self._pool.submit(function, argument))
+        if len(self._begun) > _BEHIND:
+            self._begun.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if failure is None:
+            for call in self._begun:
+                call.result()
+
+
+def _write(file: io.FileIO, chunk: Chunk) -> None:
     """All of the chunk: a single write stops short where the room ends, and only the next one says why."""
     rest = memoryview(chunk)
     # Around the write alone: an ENOSPC raised by the caller's iterator is about the caller's disk.
@@ -159,6 +206,11 @@ def _seal(file: io.FileIO) -> None:
     """Read-only and on the disk: mode first, so that the one fsync covers both."""
     with _room():
         os.fchmod(file.fileno(), 0o444)
+    _sync(file)
+
+
+def _sync(file: io.FileIO) -> None:
+    with _room():
         os.fsync(file.fileno())
 
 

@@ -28,6 +28,7 @@ from storage.memory import MemoryBlobs
 BYTES = "application/octet-stream"
 ABSENT = Digest("0" * 64)
 WRITERS = 64
+MIB = 1024 * 1024
 STORES = (FileBlobs, MemoryBlobs)
 PROJECT = Path(storage.files.__file__).parents[1]
 
@@ -73,6 +74,31 @@ def test_any_chunking_of_the_same_bytes_is_the_same_blob(make: Make, chunks: lis
         blobs, whole = make(Path(directory)), b"".join(chunks)
         assert blobs.put(iter(chunks), media_type=BYTES).digest == put(blobs, whole) == Digest.of(whole)
         assert read(blobs, Digest.of(whole)) == whole
+
+
+def test_chunks_of_all_sizes_are_hashed_in_their_order(blobs: BlobStore) -> None:
+    sizes = [3, MIB, 5, 7, 4 * MIB, *[MIB] * 140, 1]  # small ones after large ones, and enough to be synced on the way
+    parts = [os.urandom(1024) * (size // 1024) + bytes([n % 256]) * (size % 1024) for n, size in enumerate(sizes)]
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    descriptor = blobs.put((memoryview(part) for part in parts), media_type=BYTES)
+    assert descriptor == Descriptor(Digest(whole.hexdigest()), sum(sizes), BYTES)
+    assert read(blobs, descriptor.digest) == b"".join(parts)
+
+
+def test_a_disk_that_fails_while_more_is_written_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([OSError(errno.EIO, os.strerror(errno.EIO))])  # as a kernel: once, and then all is well
+
+    def fsync(file: int, real: Callable[[int], None] = os.fsync) -> None:
+        if not stat.S_ISDIR(os.fstat(file).st_mode) and (failure := next(answers, None)):
+            raise failure
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        FileBlobs(tmp_path).put((bytes(MIB) for _ in range(70)), media_type=BYTES)
+    assert_empty(FileBlobs(tmp_path), tmp_path)
 
 
 def test_storing_twice_is_storing_once(blobs: BlobStore) -> None:
