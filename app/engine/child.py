@@ -4,13 +4,14 @@ It holds nothing that the store does not hold. Started for `local`, one per devi
 """
 
 import ctypes
+import gc
 import json
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import Any, TextIO
 
@@ -41,6 +42,7 @@ def main(settings: Settings, device: str, threads: str) -> None:
     setproctitle(f"braid child {device}")
     answers = _private_stdout()
     _configure_libraries()
+    gc.freeze()  # looking through all that was imported takes as long as merging ten modules
     bench = workbench(Services.open(settings), device, int(threads))
     promised: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
     threading.Thread(target=_reply, args=(promised, answers), daemon=True).start()
@@ -64,9 +66,12 @@ def _configure_libraries() -> None:
 def workbench(services: Services, device: str, threads: int) -> Workbench:
     """A bench that keeps recently used adapters open: their headers are parsed once per merge, not once per shard."""
 
-    @lru_cache(maxsize=_OPEN_ADAPTERS)
+    cached = lru_cache(maxsize=_OPEN_ADAPTERS)(partial(OpenAdapter.open, services.blobs))
+    one_at_a_time = threading.Lock()
+
     def open_adapter(digest: Digest) -> OpenAdapter:
-        return OpenAdapter.open(services.blobs, digest)
+        with one_at_a_time:  # tasks that begin together would each open it
+            return cached(digest)
 
     return Workbench(services, device, threads, threads_of(threads), open_adapter)
 
