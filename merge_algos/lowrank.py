@@ -87,6 +87,7 @@ class CoreSVD:
 class LowRankDelta:
     """The update `B @ A` of one linear layer, scaling folded in. B: (d_out, k).  A: (k, d_in).  k = 0 is absence.
 
+    Sums, norms and SVDs take factors of two types; what multiplies B with A needs one.
     Raises ShapeMismatch if the inner dimensions differ. No operation changes its operands.
     """
 
@@ -166,11 +167,15 @@ def weighted_sum(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> Lo
 
     Where all terms share A (LoRA-FA, VeRA), the B are added instead, so the sum stays at their rank.
     """
-    terms = [delta.scale(weight) for delta, weight in zip(deltas, weights, strict=True) if weight != 0.0 and delta.rank]
-    A = shared_A(terms)
+    here = present(deltas, weights)
+    if not here:
+        return LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B)
+    A = shared_A([deltas[n] for n in here])
     if A is not None:
-        return LowRankDelta(torch.stack([term.B for term in terms]).sum(0), A)
-    return concat([LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B), *terms])
+        return LowRankDelta(torch.stack([deltas[n].B * weights[n] for n in here]).sum(0), A)
+    whole = concat([deltas[n] for n in here])
+    columns = [weight for n in here for weight in [weights[n]] * deltas[n].rank]
+    return LowRankDelta(whole.B.mul_(whole.B.new_tensor(columns)), whole.A)
 
 
 def shared_A(deltas: Sequence[LowRankDelta]) -> Tensor | None:
@@ -228,11 +233,21 @@ def distance(left: LowRankDelta, right: LowRankDelta, *, gram: Tensor | None = N
     A term whose difference is zero is left out: a merge often hands A on untouched, which halves the rank.
     gram: `left.gram()`, most of the work in that case, where it is known.
     """
-    dB, dA = right.B.to(left.B.dtype) - left.B, right.A.to(left.A.dtype) - left.A
-    if _is_zero(dA):
-        return 0.0 if _is_zero(dB) else LowRankDelta(dB, left.A).norm(gram=gram)
+    dtype = torch.promote_types(left.B.dtype, left.A.dtype)
+    dB, dA = _difference(right.B, left.B, dtype), _difference(right.A, left.A, dtype)
+    if dA is None:
+        return 0.0 if dB is None else LowRankDelta(dB, left.A).norm(gram=gram)
     of_A = LowRankDelta(left.B, dA)
-    return (of_A if _is_zero(dB) else concat([LowRankDelta(dB, left.A + dA), of_A])).norm()
+    return (of_A if dB is None else concat([LowRankDelta(dB, left.A + dA), of_A])).norm()
+
+
+def _difference(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`X - Y`, or None if it is zero, which may be plain at once. dtype: holds both exactly or is that of Y."""
+    if X is Y:
+        return None
+    wide = X.to(dtype)
+    difference = wide - Y if wide is X else wide.sub_(Y)  # in the memory that was taken anyway
+    return None if _is_zero(difference) else difference
 
 
 def _products(X: Tensor, Y: Tensor) -> Tensor:
@@ -242,6 +257,11 @@ def _products(X: Tensor, Y: Tensor) -> Tensor:
         wide = X[start : start + _ROWS].double()
         total.addmm_(wide.mT, wide if Y is X else Y[start : start + _ROWS].double())
     return total
+
+
+def all_finite(X: Tensor) -> bool:
+    """The sum is finite only if every entry is, and costs no mask; where it overflows, the mask decides."""
+    return math.isfinite(float(X.sum())) or bool(X.isfinite().all())
 
 
 def _is_zero(X: Tensor) -> bool:

@@ -17,7 +17,7 @@ from merge_algos import methods, post
 from merge_algos.adapter import Adapter, common_base, union
 from merge_algos.blocks import BlockMatrix, seed_of, truncated_svd
 from merge_algos.errors import InvalidParams, InvalidRank, InvalidWeights, NonFiniteResult, WrongCount
-from merge_algos.lowrank import SVD, CoreSVD, LowRankDelta, distance, from_svd, is_rounding, present
+from merge_algos.lowrank import SVD, CoreSVD, LowRankDelta, all_finite, distance, from_svd, is_rounding, present
 from merge_algos.protocol import Merged, MergeMethod, Method, ModuleContext, PostStep
 from merge_algos.rank import RankRule
 
@@ -133,10 +133,13 @@ def merge_module(
     Raises NonFiniteResult if the inputs are not finite, or anything overflows that is computed from them.
     """
     assert not method.unsettled(context.known), f"{method.name} is to survey all modules first"
-    widened = _checked(deltas, context)
+    as_stored = method.concatenates and not post_steps
+    widened = _widened(deltas, keeps_A=True) if as_stored else _checked(deltas, context)
     try:
         merged = _merged(method, widened, weights, context)
         cut = reduce(merged.delta, context)
+        if not math.isfinite(cut.norm):  # as it is if any entry is not
+            raise NonFiniteResult(context.module, _name(widened[0].B.dtype))
         finished, diagnostics = _finish(cut.delta, merged, widened, weights, post_steps)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # no SVD of finite numbers fails: something overflowed on the way there
@@ -171,14 +174,12 @@ def shipped(
 
 
 def _merged(method: MergeMethod, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-    """The method's result, finite; of no present adapter the zero delta."""
+    """The method's result; of no present adapter the zero delta."""
     if not present(deltas, weights):
         return Merged(LowRankDelta.zero(*deltas[0].shape, like=deltas[0].B))
     merged = method.merge(deltas, weights, context)
     if isinstance(merged.delta, BlockMatrix):
         return dataclasses.replace(merged, delta=_finite_blocks(merged.delta, context.module))
-    if isinstance(merged.delta, LowRankDelta):  # a CoreSVD has been through an SVD, which knows no infinity
-        _check_finite(merged.delta, context.module)
     return merged
 
 
@@ -304,7 +305,7 @@ def _checked(deltas: Sequence[LowRankDelta], context: ModuleContext) -> list[Low
 
 
 def _check_finite(delta: LowRankDelta, module: str) -> None:
-    if not (_all_finite(delta.B) and _all_finite(delta.A)):
+    if not (all_finite(delta.B) and all_finite(delta.A)):
         raise NonFiniteResult(module, _name(delta.B.dtype))
 
 
@@ -313,23 +314,20 @@ def _finite_blocks(matrix: BlockMatrix, module: str) -> BlockMatrix:
 
     def rows(start: int, stop: int) -> Tensor:
         block = matrix.rows(start, stop)
-        if not _all_finite(block):
+        if not all_finite(block):
             raise NonFiniteResult(module, _name(block.dtype))
         return block
 
     return dataclasses.replace(matrix, rows=rows)
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    """The sum is finite only if every entry is, and costs no mask; where it overflows, the mask decides."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _widened(deltas: Sequence[LowRankDelta]) -> list[LowRankDelta]:
-    """All in one dtype: float64 if any is, else float32."""
+def _widened(deltas: Sequence[LowRankDelta], *, keeps_A: bool = False) -> list[LowRankDelta]:
+    """All in one dtype: float64 if any is, else float32. keeps_A: leave A as it is if that is of one type."""
     doubled = any(torch.float64 in (delta.B.dtype, delta.A.dtype) for delta in deltas)
-    return [delta.to(torch.float64 if doubled else torch.float32) for delta in deltas]
+    dtype = torch.float64 if doubled else torch.float32
+    as_it_is = keeps_A and len({delta.A.dtype for delta in deltas}) == 1
+    return [LowRankDelta(delta.B.to(dtype), delta.A if as_it_is else delta.A.to(dtype)) for delta in deltas]

@@ -93,12 +93,19 @@ class Method(Protocol):
 
 
 class MergeMethod(Method, Protocol):
-    """One file in `merge_algos/methods/`; see `task_arithmetic` for the shortest."""
+    """One file in `merge_algos/methods/`; see `task_arithmetic` for the shortest.
+
+    concatenates: whether the result is the very factors of all that is present, B scaled. Then A comes in the type it is stored
+    in, and goes out as it came; and what is not finite is seen in the result.
+    """
+
+    concatenates: ClassVar[bool] = False
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         """deltas: the adapters in the caller's order, scaling folded in, rank 0 where absent.  weights: one each, finite.
 
-        At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64.
+        At least one delta is present: of rank above 0 with a weight that is not 0. All have one dtype, float32 or float64,
+        but for A where the method concatenates.
         """
         ...
 

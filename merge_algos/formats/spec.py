@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merge_algos.errors import NonFiniteTensor
 from merge_algos.formats.extras import Extra
+from merge_algos.lowrank import all_finite
 
 Shape = tuple[int, int]
 
@@ -117,6 +118,6 @@ class AdapterSpec:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NonFiniteTensor. The sum is finite only if every entry is, and costs no mask; overflow falls back to the mask."""
-    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+    """Raises NonFiniteTensor."""
+    if not all_finite(tensor):
         raise NonFiniteTensor(name)

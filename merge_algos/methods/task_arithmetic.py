@@ -17,6 +17,7 @@ class TaskArithmetic(MergeMethod):
 
     name = "task_arithmetic"
     paper = "arXiv:2212.04089"
+    concatenates = True
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         return Merged(weighted_sum(deltas, weights))

@@ -3,7 +3,10 @@
 A new method needs an entry in `oracles.ORACLES` and nothing here.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -241,6 +244,24 @@ def test_the_reported_rounding_error_is_the_measured_one(method: str, dtype: tor
     unrounded = value(method, SAMPLE.fit(method), rank=2)
     shipped, report = only(merged(method, SAMPLE.fit(method), rank=2, dtype=dtype))
     assert report.rounding_error == pytest.approx(float((shipped - unrounded).norm() / unrounded.norm()), rel=1e-6)
+
+
+STORED = [(torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16, torch.float64)]
+
+
+@pytest.mark.parametrize("method", [name for name, chosen in registry().items() if chosen.concatenates])
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_what_is_passed_on_as_it_is_stored_is_what_it_means(
+    method: str, stored: Sequence[torch.dtype], dtype: torch.dtype, rank: int | None
+) -> None:
+    types = itertools.islice(itertools.cycle(stored), len(SAMPLE.deltas))
+    case = replace(SAMPLE, deltas=tuple(d.to(own) for d, own in zip(SAMPLE.deltas, types, strict=True)))
+    meant = replace(SAMPLE, deltas=tuple(d.to(torch.float64) for d in case.deltas))
+    expected, _ = only(merged(method, meant, rank=rank))
+    shipped, report = only(merged(method, case, rank=rank, dtype=dtype))
+    assert float((shipped - expected).norm() / expected.norm()) == pytest.approx(report.rounding_error, rel=1e-3, abs=1e-6)
 
 
 @every_method
