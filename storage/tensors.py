@@ -69,7 +69,7 @@ class _Descriptor:
     """A file descriptor that is closed by hand, or with the last that could read from it."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = os.open(path, os.O_RDONLY)
 
     def close(self) -> None:
         number, self.number = self.number, -1
