@@ -6,7 +6,7 @@ from typing import BinaryIO, Protocol
 
 from storage.digest import Descriptor, Digest
 
-Chunk = bytes | bytearray | memoryview
+Chunk = bytes | bytearray | memoryview  # of bytes, too
 
 
 class BlobStore(Protocol):

@@ -68,8 +68,8 @@ class Header:
 class _Descriptor:
     """A file descriptor that is closed by hand, or with the last that could read from it."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def close(self) -> None:
         number, self.number = self.number, -1
@@ -124,9 +124,9 @@ class TensorFile:
 
 def open_tensors(path: Path) -> TensorFile:
     """Check the file's header and keep it open. Raises InvalidTensorFile."""
-    descriptor = _Descriptor(path)
-    with open(descriptor.number, "rb", closefd=False) as stream:
-        return TensorFile(read_header(stream, os.fstat(descriptor.number).st_size), descriptor)
+    with path.open("rb") as stream:
+        header = read_header(stream, os.fstat(stream.fileno()).st_size)
+        return TensorFile(header, _Descriptor(os.dup(stream.fileno())))
 
 
 def read_header(stream: BinaryIO, size_bytes: int) -> Header:
