@@ -6,7 +6,7 @@ What is orthonormal stays a product until somebody asks for its columns, since a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +18,7 @@ from merge_algos.errors import ShapeMismatch
 # Cholesky-QR loses about eps * cond^2; at this condition that is 1e-8, far below float32 rounding
 _CHOLESKY_MAX_CONDITION = 1e4
 
-_ROWS = 512  # of factors widened at a time: a block of them stays in a cache, which is a fifth faster
+_BLOCK_ENTRIES = 1 << 16  # of factors are widened at a time: a block of them stays in a cache, which is a fifth faster
 
 _ZERO_RATIO = 1e-6  # a singular value this much below the largest is rounding of float32 factors
 
@@ -37,18 +37,22 @@ class SVD:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """Orthonormal columns `X W` (d, p), not formed. X: (d, k) float64.  W: (k, p), or None for the identity."""
+    """Orthonormal columns `X W` (d, p), not formed. X: (d, k), of which a few rows at a time are widened to float64.
+
+    W: (k, p) float64, or None for the identity.
+    """
 
     X: Tensor
     W: Tensor | None = None
 
     def times(self, M: Tensor) -> Tensor:
         """`X W M` (d, m) of M (p, m)."""
-        return self.X @ (M if self.W is None else self.W @ M)
+        return _wide_product(self.X, M if self.W is None else self.W @ M)
 
     def coordinates(self, Y: Tensor) -> Tensor:
         """`W^T X^T Y` (p, m) of Y (d, m). What is opposite has opposite coordinates to the last bit."""
-        return self.X.mT @ Y if self.W is None else self.W.mT @ (self.X.mT @ Y)
+        inner = _products(self.X, Y)
+        return inner if self.W is None else self.W.mT @ inner
 
     def within(self, M: Tensor) -> "Frame":
         """The frame of columns `X W M`; M (p, m) orthonormal."""
@@ -56,7 +60,7 @@ class Frame:
 
     @property
     def columns(self) -> Tensor:
-        return self.X if self.W is None else self.X @ self.W
+        return self.X.double() if self.W is None else _wide_product(self.X, self.W)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,8 +148,8 @@ class LowRankDelta:
 
     def core_svd(self) -> CoreSVD:
         """Thin SVD in float64 from the factors; k = min(rank, d_out, d_in) singular values."""
-        left, RB = thin_qr(self.B.double())  # (d_out, p), (p, rank)
-        right, RA = thin_qr(self.A.double().mT)  # (d_in, q), (q, rank)
+        left, RB = thin_qr(self.B)  # (d_out, p), (p, rank)
+        right, RA = thin_qr(self.A.mT)  # (d_in, q), (q, rank)
         return lifted(left, RB @ RA.mT, right)  # B A = left (RB RA^T) right^T
 
     def svd(self) -> SVD:
@@ -174,8 +178,9 @@ def weighted_sum(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> Lo
     if A is not None:
         return LowRankDelta(torch.stack([deltas[n].B * weights[n] for n in here]).sum(0), A)
     whole = concat([deltas[n] for n in here])
-    columns = [weight for n in here for weight in [weights[n]] * deltas[n].rank]
-    return LowRankDelta(whole.B.mul_(whole.B.new_tensor(columns)), whole.A)
+    columns = torch.tensor([weight for n in here for weight in [weights[n]] * deltas[n].rank], dtype=torch.float64)
+    wide = torch.promote_types(whole.B.dtype, torch.float32)  # a narrow B is multiplied by the weight, not by what it rounds to
+    return LowRankDelta(whole.B.mul_(columns.to(whole.B.device, wide)), whole.A)
 
 
 def shared_A(deltas: Sequence[LowRankDelta]) -> Tensor | None:
@@ -242,7 +247,7 @@ def distance(left: LowRankDelta, right: LowRankDelta, *, gram: Tensor | None = N
 
 
 def _difference(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`X - Y`, or None if it is zero, which may be plain at once. dtype: holds both exactly or is that of Y."""
+    """`X - Y` in this dtype, or None if it is zero."""
     if X is Y:
         return None
     wide = X.to(dtype)
@@ -253,15 +258,29 @@ def _difference(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor | None:
 def _products(X: Tensor, Y: Tensor) -> Tensor:
     """`X^T Y` (k1, k2) in float64, of X (d, k1) and Y (d, k2)."""
     total = torch.zeros(X.shape[1], Y.shape[1], dtype=torch.float64, device=X.device)
-    for start in range(0, len(X), _ROWS):
-        wide = X[start : start + _ROWS].double()
-        total.addmm_(wide.mT, wide if Y is X else Y[start : start + _ROWS].double())
+    for rows in _blocks(X):
+        wide = X[rows].double()
+        total.addmm_(wide.mT, wide if Y is X else Y[rows].double())
     return total
+
+
+def _blocks(X: Tensor) -> Iterator[slice]:
+    """Of the rows of X."""
+    step = max(1, _BLOCK_ENTRIES // max(1, X.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(X), step))
 
 
 def all_finite(X: Tensor) -> bool:
     """The sum is finite only if every entry is, and costs no mask; where it overflows, the mask decides."""
     return math.isfinite(float(X.sum())) or bool(X.isfinite().all())
+
+
+def _wide_product(X: Tensor, M: Tensor) -> Tensor:
+    """`X M` (d, m) in float64, of X (d, k) and M (k, m) float64."""
+    product = M.new_empty(len(X), M.shape[1])
+    for rows in _blocks(X):
+        torch.mm(X[rows].double(), M, out=product[rows])
+    return product
 
 
 def _is_zero(X: Tensor) -> bool:
@@ -276,13 +295,13 @@ def lifted(left: Frame, core: Tensor, right: Frame) -> CoreSVD:
 
 
 def thin_qr(X: Tensor) -> tuple[Frame, Tensor]:
-    """X (d, k) float64 = Q (d, p) R (p, k), p = min(d, k). Cholesky of the Gram where safe, Householder elsewhere."""
-    L, failed = torch.linalg.cholesky_ex(X.mT @ X)
+    """X (d, k) = Q (d, p) R (p, k) float64, p = min(d, k). Cholesky of the Gram where safe, Householder elsewhere."""
+    L, failed = torch.linalg.cholesky_ex(_products(X, X))
     inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)  # (k, k)
     # the pivots alone would not do: Kahan's matrix has pivots of 1 and any condition. Row norms: scaled columns cost nothing
     condition = (inverse * L.norm(dim=1)).norm()
     if failed or not bool(condition < _CHOLESKY_MAX_CONDITION):
-        Q, R = torch.linalg.qr(X)
+        Q, R = torch.linalg.qr(X.double())
         return Frame(Q), R
     return Frame(X, inverse.mT), L.mT
 
