@@ -1,7 +1,6 @@
 """Where bytes and deltas meet, the only such place: a stored adapter becomes deltas, merged deltas become a stored adapter."""
 
 import json
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -182,11 +182,10 @@ def read_tensor(tensors: TensorFile, name: str) -> Tensor:
 
 
 def read_slices(tensors: TensorFile, name: str, slices: tuple[slice, ...]) -> Tensor:
-    """A part of a tensor, in memory of its own. Of the rows that the first slice leaves out, those at the ends are not read."""
-    info = tensors.header.tensors[name]
-    rows = range(info.shape[0])[slices[0]]
-    held = read_rows(tensors, name, rows.start, rows.stop, math.prod(info.shape[1:])).reshape(-1, *info.shape[1:])
-    return held[(slice(None, None, rows.step), *slices[1:])].clone(memory_format=torch.contiguous_format)
+    """A part of a tensor, in memory of its own. Mapped: one of many experts' columns are a few bytes of every row."""
+    info, dtype = tensors.header.tensors[name], _torch_dtype(tensors.header.tensors[name].dtype)
+    whole = np.frombuffer(tensors.mapped(name), np.uint8).reshape(*info.shape, dtype.itemsize)
+    return torch.from_numpy(np.array(whole[slices])).view(dtype)[..., 0]
 
 
 def _torch_dtype(spelling: str) -> torch.dtype:

@@ -195,7 +195,7 @@ def io(pid: int) -> dict[str, int]:
 def as_table(rows: list[Row], args: argparse.Namespace) -> Table:
     made = f"{args.adapters} adapters of rank {args.rank}, {args.dtype}"
     title = f"{made}, {args.layers} layers x {{4096², 4096x11008}}, {os.cpu_count()} cores"
-    table = Table(title=title, caption="copy: reading the inputs and the result and writing those bytes once, same run, best of three")
+    table = Table(title=title, caption="copy: reading inputs and result and writing those bytes once, same run, best of three")
     for heading in (
         "case",
         "wall",

@@ -134,11 +134,11 @@ def merge_module(
     """
     assert not method.unsettled(context.known), f"{method.name} is to survey all modules first"
     as_stored = method.concatenates and not post_steps
-    widened = _widened(deltas, keeps_A=True) if as_stored else _checked(deltas, context)
+    widened = _as_stored(deltas, weights, context) if as_stored else _checked(deltas, context)
     try:
         merged = _merged(method, widened, weights, context)
         cut = reduce(merged.delta, context)
-        if not math.isfinite(cut.norm):  # as it is if any entry is not
+        if not math.isfinite(cut.norm):  # nor is it if an entry is not
             raise NonFiniteResult(context.module, _name(widened[0].B.dtype))
         finished, diagnostics = _finish(cut.delta, merged, widened, weights, post_steps)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -304,6 +304,14 @@ def _checked(deltas: Sequence[LowRankDelta], context: ModuleContext) -> list[Low
     return widened
 
 
+def _as_stored(deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> list[LowRankDelta]:
+    """The same for a method that concatenates: what is present shows in the result. Raises NonFiniteResult."""
+    here = present(deltas, weights)
+    for delta in (delta for n, delta in enumerate(deltas) if n not in here):
+        _check_finite(delta, context.module)
+    return _widened(deltas, keeps_A=True)
+
+
 def _check_finite(delta: LowRankDelta, module: str) -> None:
     if not (all_finite(delta.B) and all_finite(delta.A)):
         raise NonFiniteResult(module, _name(delta.B.dtype))
@@ -326,8 +334,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _widened(deltas: Sequence[LowRankDelta], *, keeps_A: bool = False) -> list[LowRankDelta]:
-    """All in one dtype: float64 if any is, else float32. keeps_A: leave A as it is if that is of one type."""
+    """All in one dtype: float64 if any is, else float32. keeps_A: but for A, if that is of one type itself."""
     doubled = any(torch.float64 in (delta.B.dtype, delta.A.dtype) for delta in deltas)
     dtype = torch.float64 if doubled else torch.float32
-    as_it_is = keeps_A and len({delta.A.dtype for delta in deltas}) == 1
+    as_it_is = keeps_A and len({delta.A.dtype for delta in deltas if delta.rank}) == 1
     return [LowRankDelta(delta.B.to(dtype), delta.A if as_it_is else delta.A.to(dtype)) for delta in deltas]

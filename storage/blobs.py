@@ -6,7 +6,7 @@ from typing import BinaryIO, Protocol
 
 from storage.digest import Descriptor, Digest
 
-Chunk = bytes | bytearray | memoryview  # of bytes, too
+Chunk = bytes | bytearray | memoryview  # one-dimensional, of format B
 
 
 class BlobStore(Protocol):

@@ -100,16 +100,16 @@ def pack(originals: Sequence[Original], prefix: str = "0") -> Packing:
     return Packing(_specs(layout), layout, parts)
 
 
-def unpack(layout: Mapping[str, Any], task: int, view: Callable[[str], Chunk]) -> tuple[bytes, Iterator[bytes]]:
+def unpack(layout: Mapping[str, Any], task: int, read: Callable[[str], Chunk]) -> tuple[bytes, Iterator[bytes]]:
     """The config of original number `task`, and the bytes of its weights file in order, in chunks of any size.
 
-    view: gives the bytes of a packed tensor. It is called for the parts of that task alone, when their turn comes; a
+    read: gives the bytes of a packed tensor. It is called for the parts of that task alone, when their turn comes; a
     part is done with when the next is asked for.
-    Raises InvalidTensorFile if what a view gave does not fit the layout, DigestMismatch, after the last chunk, if the
+    Raises InvalidTensorFile if what it gave does not fit the layout, DigestMismatch, after the last chunk, if the
     bytes are not the original's. A reader that stops at the error, as BlobStore.put does, never keeps wrong bytes.
     """
     files = layout["tasks"][task]
-    return b"".join(_restored(layout, files["config"], view)), _restored(layout, files["weights"], view)
+    return b"".join(_restored(layout, files["config"], read)), _restored(layout, files["weights"], read)
 
 
 def _pack_config(config: bytes) -> _Packed:
@@ -187,11 +187,11 @@ def _deflate(data: bytes, strategy: int) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
-def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], view: Callable[[str], Chunk]) -> Iterator[bytes]:
+def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], read: Callable[[str], Chunk]) -> Iterator[bytes]:
     """Raises InvalidTensorFile as soon as a part does not fit, DigestMismatch at the end."""
     whole = hashlib.sha256()
     for part in file["parts"]:
-        for block in _joined(layout["parts"][part], _name(layout, part), view):
+        for block in _joined(layout["parts"][part], _name(layout, part), read):
             whole.update(block)
             yield block
     expected, got = Digest.parse(file["digest"]), Digest(whole.hexdigest())
@@ -199,8 +199,8 @@ def _restored(layout: Mapping[str, Any], file: Mapping[str, Any], view: Callable
         raise DigestMismatch(str(expected), str(got))
 
 
-def _joined(blocks: Iterable[Sequence[int]], name: str, view: Callable[[str], Chunk]) -> Iterator[bytes]:
-    rest = memoryview(view(name) if blocks else b"")
+def _joined(blocks: Iterable[Sequence[int]], name: str, read: Callable[[str], Chunk]) -> Iterator[bytes]:
+    rest = memoryview(read(name) if blocks else b"")
     for size_bytes, *stored in blocks:
         block, planes = bytearray(size_bytes), len(stored)
         for plane, length in enumerate(stored):

@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors/index#format
 
 import json
 import math
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ class _Descriptor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorFile:
-    """A checked file, open for reading: by position, so any number of threads may read at once."""
+    """A checked file, open for reading: by position, so any number of threads may read at once. Close it after the last."""
 
     header: Header
     descriptor: _Descriptor
@@ -90,7 +91,7 @@ class TensorFile:
         """Fill the buffer with the tensor's bytes from `start` on. Raises InvalidTensorFile if the file ends before that."""
         info, rest = self.header.tensors[name], memoryview(buffer).cast("B")
         at = self.header.data_start + info.start + start
-        assert start + len(rest) <= info.size_bytes, f"{name} has {info.size_bytes} bytes"
+        assert 0 <= start <= info.size_bytes - len(rest), f"{name} has {info.size_bytes} bytes"
         while rest:  # one call gives 2 GiB at most
             got = os.preadv(self.descriptor.number, [rest], at)
             if not got:
@@ -106,6 +107,14 @@ class TensorFile:
         size_bytes = self.header.tensors[name].size_bytes
         for start in range(0, size_bytes, PIECE_BYTES):
             yield self._part(name, start, min(start + PIECE_BYTES, size_bytes))
+
+    def mapped(self, name: str) -> memoryview:
+        """All of them, read-only and uncopied, for who picks a few from everywhere. The map goes with the last view of it."""
+        info = self.header.tensors[name]
+        at = self.header.data_start + info.start
+        first = at - at % mmap.ALLOCATIONGRANULARITY
+        length = at - first + info.size_bytes
+        return memoryview(mmap.mmap(self.descriptor.number, length, access=mmap.ACCESS_READ, offset=first))[at - first :]
 
     def close(self) -> None:
         self.descriptor.close()

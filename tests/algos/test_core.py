@@ -152,5 +152,12 @@ def test_the_numerical_rank_is_what_is_more_than_rounding(S: list[float], size: 
     assert numerical_rank(torch.tensor(S), size) == rank
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_weight_is_not_rounded_to_the_type_of_the_factors(dtype: torch.dtype) -> None:
+    pair, weights = [SOME.to(dtype), regauged(SOME, 3).to(dtype)], [0.3, 70000.0]
+    terms = [delta.scale(weight) for delta, weight in zip(pair, weights, strict=True)]
+    assert torch.equal(weighted_sum(pair, weights).B, torch.cat([term.B for term in terms], 1))
+
+
 def test_a_single_adapter_shares_its_A_with_nobody() -> None:
     assert shared_A([SOME, ABSENT]) is None

@@ -254,13 +254,14 @@ def test_a_factor_that_overflows_the_result_is_refused_naming_the_module(method:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("factor", ["B", "A"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", [0.5, 0.0])
 def test_factors_that_are_not_finite_are_refused_naming_the_module(
-    method: str, bad: float, rank: int | None, factor: str, dtype: torch.dtype
+    method: str, bad: float, rank: int | None, factor: str, dtype: torch.dtype, weight: float
 ) -> None:
     good = LowRankDelta(torch.zeros(6, 2), torch.zeros(2, 5)).to(dtype)  # in which an infinity would be without effect
     spoilt = replace(good, **{factor: getattr(good, factor).index_fill(1, torch.tensor(1), bad)})
     with pytest.raises(NonFiniteResult, match=MODULE):
-        merged(method, Case((6, 5), (good, spoilt), (0.5, 0.5)), rank=rank)
+        merged(method, Case((6, 5), (good, spoilt), (0.5, weight)), rank=rank)
 
 
 @every_method

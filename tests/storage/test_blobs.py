@@ -87,18 +87,14 @@ def test_chunks_of_all_sizes_are_hashed_in_their_order(blobs: BlobStore) -> None
     assert read(blobs, descriptor.digest) == b"".join(parts)
 
 
-def test_a_disk_that_fails_while_more_is_written_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([OSError(errno.EIO, os.strerror(errno.EIO))])  # as a kernel: once, and then all is well
-
-    def fsync(file: int, real: Callable[[int], None] = os.fsync) -> None:
-        if not stat.S_ISDIR(os.fstat(file).st_mode) and (failure := next(answers, None)):
-            raise failure
-        real(file)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        FileBlobs(tmp_path).put((bytes(MIB) for _ in range(70)), media_type=BYTES)
-    assert_empty(FileBlobs(tmp_path), tmp_path)
+@pytest.mark.parametrize("later", [0, 1, 20])
+def test_what_fails_beside_the_writing_is_not_forgotten(later: int) -> None:
+    done: list[int] = []
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)), storage.files._Beside() as beside:
+        beside.call(os.fsync, 1_000_000)  # a disk tells its failure once, and the next call is well
+        for n in range(later):
+            beside.call(done.append, n)
+    assert done == list(range(len(done)))
 
 
 def test_storing_twice_is_storing_once(blobs: BlobStore) -> None:

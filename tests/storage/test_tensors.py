@@ -73,6 +73,13 @@ def test_any_part_can_be_read_into_memory_that_is_there(lora: Path) -> None:
     assert part == b"\0" + contents("base_model.model.layers.0.q_proj.lora_B.weight")[2:5] + b"\0"
 
 
+def test_a_map_is_the_tensors_bytes_and_outlives_the_file(lora: Path) -> None:
+    with open_tensors(lora) as file:
+        mapped = file.mapped("odd")
+    assert mapped == contents("odd")
+    assert mapped.readonly
+
+
 def test_threads_read_one_file_side_by_side(lora: Path) -> None:
     with open_tensors(lora) as file, ThreadPoolExecutor(8) as pool:
         names = list(LORA) * 200
