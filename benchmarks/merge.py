@@ -9,7 +9,8 @@ modules: one layer at a time, in memory that is kept for the next as the worker'
 the other's time over ours, errors are against the float64 sum. What PEFT cannot do in this machine's memory is left out of its
 column. Rows are appended to --state as they are measured.
 set: 32 layers x {4 x 4096^2, 3 x 4096x11008}, adapters of rank 16 in bfloat16 files, files in and file out, through the
-worker's own child; beside it the time of merely reading the inputs and writing the result.
+worker's own child; beside it the time of merely reading the inputs and writing the result. By turns, the best of three on
+both sides; of one where a merge takes ten seconds.
 """
 
 import argparse
