@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_algos.lowrank import (
+    SVD,
     CoreSVD,
     Frame,
     LowRankDelta,
@@ -43,9 +44,9 @@ class Core:
         left, right = (half.norm(dim=0).clamp(min=torch.finfo(half.dtype).tiny) for half in (b, a))
         return math.copysign(1.0, weight) * b / left, abs(weight) * left * right, a / right
 
-    def lift(self, M: Tensor) -> CoreSVD:
-        """The delta `U M V^T` of a core M (p, q)."""
-        return lifted(self.U, M, self.V)
+    def lift(self, M: Tensor | SVD) -> CoreSVD:
+        """The delta `U M V^T` of a core M (p, q). The triplets of an SVD keep their order, even where values are equal."""
+        return lifted(self.U, M, self.V) if isinstance(M, Tensor) else CoreSVD(self.U, M.U, M.S, M.Vh, self.V)
 
 
 def present_cores(deltas: Sequence[LowRankDelta], weights: Sequence[float]) -> tuple[Core, list[float]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_algos.core import Core, present_cores
 from merge_algos.entries import check_choice, check_finite_number, check_fraction, elect_and_merge, weighted
-from merge_algos.lowrank import LowRankDelta, size_of
+from merge_algos.lowrank import SVD, LowRankDelta, size_of
 from merge_algos.magnitudes import trim
 from merge_algos.methods.iso_c import isotropic
 from merge_algos.methods.tsv import orthogonalised
@@ -26,6 +26,7 @@ class CoreSpace(MergeMethod):
     """
 
     name = "core_space"
+    version = 2  # 2: a cut takes (of iso) equal singular values in the order they had, not as rounding has it
     paper = "arXiv:2509.17786"
     breaks = MappingProxyType(
         {
@@ -48,9 +49,9 @@ class CoreSpace(MergeMethod):
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
         merged = self._merge_cores(core, here, size_of(deltas, weights))
-        return Merged(core.lift(self.lam * merged), {"core": list(merged.shape)})
+        return Merged(core.lift(merged).scale(self.lam), {"core": [len(half) for half in core.halves[0]]})
 
-    def _merge_cores(self, core: Core, weights: Sequence[float], size: float) -> Tensor:
+    def _merge_cores(self, core: Core, weights: Sequence[float], size: float) -> Tensor | SVD:
         if self.inner == "ties":
             return elect_and_merge([trim(M, self.density) for M in core.M], weights)
         if self.inner == "iso":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_algos.core import polar, present_cores, restoring
 from merge_algos.entries import check_finite_number, check_fraction
-from merge_algos.lowrank import LowRankDelta, numerical_rank, size_of
+from merge_algos.lowrank import SVD, LowRankDelta, numerical_rank, size_of
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -19,11 +19,12 @@ class IsoCts(MergeMethod):
 
     The leading `common` fraction of the summed core's directions is kept; every task adds the leading directions of its
     own core beyond that subspace, an equal share of what is left; both bases are made orthonormal and all singular values
-    their mean.  common: in (0, 1].  alpha: factor of the result, or null
-    for `sqrt(n)` of n adapters.
+    their mean. A cut keeps those that were largest, unless tasks share directions beyond the common ones.
+    common: in (0, 1].  alpha: factor of the result, or null for `sqrt(n)` of n adapters.
     """
 
     name = "iso_cts"
+    version = 2  # 2: a cut takes equal singular values in the order they had, not as rounding has it
     paper = "arXiv:2502.04959"
     breaks = MappingProxyType(
         {
@@ -44,9 +45,9 @@ class IsoCts(MergeMethod):
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
         core, here = present_cores(deltas, weights)
         tasks = [weight * M for weight, M in zip(here, core.M, strict=True)]
-        return Merged(core.lift(restoring(self.alpha, len(here)) * self._merge_cores(tasks, size_of(deltas, weights))))
+        return Merged(core.lift(self._merge_cores(tasks, size_of(deltas, weights))).scale(restoring(self.alpha, len(here))))
 
-    def _merge_cores(self, tasks: Sequence[Tensor], size: float) -> Tensor:
+    def _merge_cores(self, tasks: Sequence[Tensor], size: float) -> Tensor | SVD:
         """tasks: weighted cores (p, q).  size: what the rounding of their sum is relative to."""
         total = torch.stack(list(tasks)).sum(0)
         whole = min(total.shape)
@@ -55,10 +56,16 @@ class IsoCts(MergeMethod):
         common = _leading(total, shared, size)
         left = common[0]  # (p, at most shared)
         parts = [common, *(_leading(M - left @ (left.mT @ M), share, size) for M in tasks)]
-        U, V = (polar(torch.cat([part[side] for part in parts], 1)) for side in (0, 2))
         S = torch.cat([part[1] for part in parts])
-        flat: Tensor = S.sum() / max(len(S), 1) * (U @ V.mT)
-        return flat
+        order = S.argsort(descending=True, stable=True)  # of values made equal, those go first that were the largest
+        U, V = (polar(torch.cat([part[side] for part in parts], 1)[:, order]) for side in (0, 2))
+        mean = S.sum() / max(len(S), 1)
+        return SVD(U, mean.expand(len(S)), V.mT) if _is_orthonormal(U) and _is_orthonormal(V) else mean * (U @ V.mT)
+
+
+def _is_orthonormal(X: Tensor) -> bool:
+    """Of what `polar` returns: whether no column was redundant, as those of tasks that share directions are."""
+    return float(X.square().sum()) > X.shape[1] - 0.5
 
 
 def _leading(M: Tensor, k: int, size: float) -> tuple[Tensor, Tensor, Tensor]:

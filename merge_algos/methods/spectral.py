@@ -1,11 +1,11 @@
 """Spectral merging: the sum of the adapters with its spectrum flattened by a power, at the size of one adapter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from merge_algos.entries import check_finite_number
-from merge_algos.lowrank import SVD, LowRankDelta, from_svd, mean_norm, numerical_rank, size_of, weighted_sum
+from merge_algos.lowrank import LowRankDelta, mean_norm, numerical_rank, size_of, weighted_sum
 from merge_algos.protocol import Merged, MergeMethod, ModuleContext
 
 
@@ -20,6 +20,7 @@ class Spectral(MergeMethod):
     """
 
     name = "spectral"
+    version = 2  # 2: a cut takes (of power 0) equal singular values in the order they had, not as rounding has it
     paper = "Braid, between arXiv:2212.04089 and arXiv:2502.04959"
     breaks = MappingProxyType(
         {
@@ -38,8 +39,8 @@ class Spectral(MergeMethod):
         check_finite_number("scale", self.scale)
 
     def merge(self, deltas: Sequence[LowRankDelta], weights: Sequence[float], context: ModuleContext) -> Merged:
-        svd = weighted_sum(deltas, weights).svd()
+        svd = weighted_sum(deltas, weights).core_svd()
         k = numerical_rank(svd.S, size_of(deltas, weights))
         ratios = svd.S / svd.S[:1]  # powers of ratios, so that the units of the deltas are kept
-        flattened = SVD(svd.U, svd.S[:1] * ratios**self.power, svd.Vh)
-        return Merged(from_svd(flattened, k), norm=self.scale * mean_norm(deltas, weights))
+        flattened = replace(svd, U=svd.U[:, :k], S=svd.S[:1] * ratios[:k] ** self.power, Vh=svd.Vh[:k])
+        return Merged(flattened, norm=self.scale * mean_norm(deltas, weights))

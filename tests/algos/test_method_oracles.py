@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from cases import FEW, MODULE, NONZERO, SAMPLE, Case, cases, close, dense, merged, only, random_delta, value
 from merge_algos.blocks import seed_of
 from merge_algos.methods import registry
-from oracles import ORACLES, Call, Given, chances
+from oracles import ORACLES, Call, Given, chances, summed, svd
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in registry()),
@@ -88,6 +88,29 @@ def test_the_result_is_the_oracles(method: str, parameters: dict[str, Any], case
 def test_a_method_that_looks_at_the_rank_is_the_oracles_at_that_rank(method: str, case: Case, rank: int) -> None:
     got = value(method, case, rank=rank)
     assert close(got, expected(method, case, {}, rank=rank), case.scale, tolerance=1e-7)
+
+
+FLAT = [("iso_c", {}), ("iso_cts", {"common": 1.0}), ("core_space", {"inner": "iso"}), ("spectral", {"power": 0.0})]
+
+
+@pytest.mark.parametrize(("method", "parameters"), FLAT, ids=str)
+@FEW
+@given(case=cases(NONZERO), rank=st.integers(1, 8))
+def test_a_flat_spectrum_is_cut_to_the_directions_that_the_sum_has_most_of(
+    method: str, parameters: dict[str, Any], case: Case, rank: int
+) -> None:
+    U, S, V = svd(summed(present(case)))
+    kept = min(rank, len(S))
+    gaps = -S.diff(append=torch.zeros(1))  # (k,): how much larger a value is than the next
+    assume(kept and min(S[-1], gaps[kept - 1]) > 1e-3 * case.scale)
+    got = value(method, case, rank=rank, parameters=parameters)
+    assert close(got, got.norm() / kept**0.5 * U[:, :kept] @ V[:, :kept].mT, case.scale, tolerance=1e-7)
+
+
+def test_iso_cts_of_tasks_that_share_what_is_their_own_is_the_oracles() -> None:
+    twice, other = (random_delta(n, SAMPLE.shape, 3) for n in range(2))
+    case, parameters = Case(SAMPLE.shape, (twice, twice, other), (0.5, 0.25, 1.0)), {"common": 0.1}
+    assert close(value("iso_cts", case, parameters=parameters), expected("iso_cts", case, parameters), case.scale)
 
 
 # --- methods that draw
