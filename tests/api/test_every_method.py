@@ -1,10 +1,11 @@
-"""Every registered method and post-step through `POST /merge`: the service ships what the library computes."""
+"""Every registered method and post-step through `POST /merge` and `braid merge`: both ship what the library computes."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from asking import preloaded
 from making import SHAPES, Made, dense_directory, make
 from merge_algos import Adapter, formats, merge, methods, post
 from merge_algos.merge import build_post
@@ -19,13 +20,37 @@ def stored(server: Server) -> tuple[str, ...]:
     return tuple(server.add(made) for made in INPUTS)
 
 
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return tuple(made.write(tmp_path_factory.mktemp("adapter")) for made in INPUTS)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.mark.parametrize("method", methods.registry())
 def test_a_method_gives_over_http_what_it_gives_in_python(
     server: Server, stored: tuple[str, ...], tmp_path: Path, method: str
 ) -> None:
     job = server.merge(*stored, weights=[0.7, -0.4], method=method, rank=RANK)
     assert job["state"] == "succeeded", job["error"]
-    agrees(server, job, tmp_path, method=method)
+    agrees(server.download(job["result"]["id"], tmp_path), method=method)
+
+
+@pytest.mark.parametrize("method", methods.registry())
+def test_a_method_gives_on_the_command_line_what_it_gives_in_python(
+    directories: tuple[Path, ...], data_dir: Path, tmp_path: Path, method: str
+) -> None:
+    agrees(typed(*directories, "--method", method, output=tmp_path / "merged", data_dir=data_dir), method=method)
+
+
+@pytest.mark.parametrize("step", post.registry())
+def test_a_post_step_gives_on_the_command_line_what_it_gives_in_python(
+    directories: tuple[Path, ...], data_dir: Path, tmp_path: Path, step: str
+) -> None:
+    agrees(typed(*directories, "--post", step, output=tmp_path / "merged", data_dir=data_dir), post_steps=[build_post(step, {})])
 
 
 def test_a_method_that_surveys_the_model_gives_over_http_what_it_gives_in_python(
@@ -34,7 +59,7 @@ def test_a_method_that_surveys_the_model_gives_over_http_what_it_gives_in_python
     asked = {"method": "ties", "parameters": {"trim": "model", "density": 0.4}}
     job = server.merge(*stored, weights=[0.7, -0.4], rank=RANK, **asked)
     assert job["state"] == "succeeded", job["error"]
-    agrees(server, job, tmp_path, **asked)
+    agrees(server.download(job["result"]["id"], tmp_path), **asked)
 
 
 @pytest.mark.parametrize("step", post.registry())
@@ -42,7 +67,7 @@ def test_a_post_step_gives_over_http_what_it_gives_in_python(
     server: Server, stored: tuple[str, ...], tmp_path: Path, step: str
 ) -> None:
     job = server.merge(*stored, weights=[0.7, -0.4], rank=RANK, post=[{"name": step}])
-    agrees(server, job, tmp_path, post_steps=[build_post(step, {})])
+    agrees(server.download(job["result"]["id"], tmp_path), post_steps=[build_post(step, {})])
 
 
 def test_lego_averages_where_no_weight_is_given(server: Server, stored: tuple[str, ...]) -> None:
@@ -74,9 +99,16 @@ def test_a_wrong_parameter_is_refused_by_name(
     assert detail in answer.json()["detail"]
 
 
-def agrees(server: Server, job: dict[str, object], directory: Path, **options: object) -> None:
+def typed(*arguments: str | Path, output: Path, data_dir: Path) -> Path:
+    """What `braid merge` saved."""
+    ran = preloaded("merge", *arguments, "-w", "0.7", "-w", "-0.4", "--rank", str(RANK), "-o", output, data_dir=data_dir)
+    assert ran.returncode == 0, ran.stderr
+    return output
+
+
+def agrees(saved: Path, **options: object) -> None:
     result = merge([adapter(made) for made in INPUTS], weights=[0.7, -0.4], rank=RANK, **options)  # type: ignore[arg-type]
-    shipped = dense_directory(server.download(job["result"]["id"], directory))  # type: ignore[index]
+    shipped = dense_directory(saved)
     assert shipped.keys() == SHAPES.keys()
     for module, delta in result.adapter.deltas.items():
         expected = delta.to_dense().double()
